@@ -1,0 +1,35 @@
+# Commands for people; each says what it does. `make` alone lists them.
+
+PYTHON_BIN := .venv/bin/python
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1  # no look-up of newer versions: constraints.txt decides
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test lint format typecheck clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## Make or update .venv (PYTHON=/path/to/python3.12 to choose)
+	@.ci/make-env
+
+quickstart: env ## Train, distil and benchmark a small model here, about 5 minutes (QUICK=1: under 90 seconds)
+	$(PYTHON_BIN) examples/quickstart/run.py
+
+test: env ## Run the tests (ARGS="-k losses -x" goes to pytest)
+	$(PYTHON_BIN) -m pytest $(ARGS)
+
+lint: env ## Check style, formatting and types
+	$(PYTHON_BIN) -m ruff check
+	$(PYTHON_BIN) -m ruff format --check
+	$(PYTHON_BIN) -m pyright
+
+format: env ## Fix style and formatting
+	$(PYTHON_BIN) -m ruff check --fix
+	$(PYTHON_BIN) -m ruff format
+
+typecheck: env ## Check types only
+	$(PYTHON_BIN) -m pyright
+
+clean: ## Delete caches and build output (keeps .venv and runs/)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .venv.old.*
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

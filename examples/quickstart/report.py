@@ -1,0 +1,117 @@
+"""What the quickstart shows of its two runs: summary.json, a table, and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+TITLES = {"mtp": "plain MTP", "mtpd": "MTP-D"}
+HEAD_METRICS = {
+    "cross_entropy": "cross_entropy",
+    "kl": "distillation",
+    "acceptance_rate": "acceptance_rate",
+    "cumulative_acceptance_rate": "cumulative_acceptance_rate",
+    "overlap": "overlap",
+}
+
+
+def records(path: Path) -> list[dict]:
+    """All records of a metrics file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summarize(out: Path, commands: dict[str, list[str]], tokens: int, seed: int) -> dict:
+    """Losses and acceptance by head at the end of training, on validation text; written to summary.json."""
+    summary: dict = {}
+    for variant in commands:
+        run = records(out / "tensorboard" / variant / "metrics.jsonl")
+        last = next(r for r in reversed(run) if "lm loss validation" in r)
+        num_heads = sum(f"overlap/head_{k} validation" in last for k in range(1, 65))
+        summary[variant] = {
+            "main_loss": last["lm loss validation"],
+            "tokens_per_step": last["tokens_per_step/greedy validation"],
+            "heads": [
+                {name: last[f"{tag}/head_{k} validation"] for name, tag in HEAD_METRICS.items()}
+                for k in range(1, num_heads + 1)
+            ],
+            "curve": [[r["iteration"], r["lm loss"]] for r in run if "lm loss" in r],
+        }
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    summary["provenance"] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip() or None,
+        "training_tokens": tokens,
+        "seed": seed,
+        "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-mtpd")},
+    }
+    partial = out / "summary.json.part"
+    partial.write_text(json.dumps(summary, indent=1))
+    partial.rename(out / "summary.json")
+    return summary
+
+
+def print_table(summary: dict) -> None:
+    """The summary for people: the main head first, because acceptance means nothing without it."""
+    variants = [v for v in TITLES if v in summary]
+    print(f"\n{'':34}" + "".join(f"{TITLES[v]:>12}" for v in variants) + f"{'difference':>14}")
+
+    def row(name: str, values: list[float], scale: float = 1.0, digits: int = 3, unit: str = "") -> None:
+        shown = "".join(f"{x * scale:12.{digits}f}" for x in values)
+        print(f"{name:34}{shown}{(values[-1] - values[0]) * scale:+14.{digits}f}{unit}")
+
+    row("main head: loss (nats)", [summary[v]["main_loss"] for v in variants])
+    heads = range(len(summary[variants[0]]["heads"]))
+    for metric, title, scale, digits in (
+        ("cross_entropy", "cross-entropy (nats)", 1, 3),
+        ("kl", "KL to the main head (nats)", 1, 3),
+        ("acceptance_rate", "accepted, if reached (%)", 100, 1),
+        ("cumulative_acceptance_rate", "accepted with all before (%)", 100, 1),
+        ("overlap", "overlap with the main head (%)", 100, 1),
+    ):
+        for k in heads:
+            row(f"head {k + 1}: {title}", [summary[v]["heads"][k][metric] for v in variants], scale, digits)
+    row("tokens a step that follow", [summary[v]["tokens_per_step"] for v in variants], 1, 2)
+    plain, distilled = (summary[v]["main_loss"] for v in variants)
+    print(
+        f"\nMTP-D's main head is {100 * (distilled / plain - 1):+.2f} % of plain MTP's loss. A main head that is easier to "
+        "predict\nis accepted more often too: compare heads at equal main loss (one seed, a toy: a demonstration, no result)."
+    )
+
+
+def draw(summary: dict, path: Path) -> None:
+    """Main loss over training, and cumulative acceptance by head, of both variants."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (loss, acceptance) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    variants = [v for v in TITLES if v in summary]
+    for i, variant in enumerate(variants):
+        data, title = summary[variant], f"{TITLES[variant]} (held out: {summary[variant]['main_loss']:.3f})"
+        iterations, losses = zip(*smooth(data["curve"]), strict=True)
+        loss.plot(iterations, losses, label=title)
+        rates = [100 * head["cumulative_acceptance_rate"] for head in data["heads"]]
+        places = [k + 1 + (i - 0.5) * 0.38 for k in range(len(rates))]
+        bars = acceptance.bar(places, rates, 0.36, label=TITLES[variant])
+        acceptance.bar_label(bars, fmt="%.0f", fontsize=8)
+    loss.set(title="Main head", xlabel="step", ylabel="training loss (nats)")
+    acceptance.set(title="Heads: accepted with all before", xlabel="head", ylabel="% of drafts, held-out text")
+    acceptance.set_xticks(range(1, len(summary[variants[0]]["heads"]) + 1))
+    for axis in (loss, acceptance):
+        axis.legend()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def smooth(curve: list[list[float]], window: int = 10) -> list[tuple[float, float]]:
+    """Means over windows of steps: a curve that can be read."""
+    chunks = [curve[i : i + window] for i in range(0, len(curve), window)]
+    return [(c[-1][0], sum(x for _, x in c) / len(c)) for c in chunks]

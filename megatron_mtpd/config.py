@@ -1,0 +1,144 @@
+"""Every knob of the method in one frozen dataclass, `MTPDConfig`.
+
+The command-line flags (`--mtpd-*`), their help, the checks and the documentation all come from the fields below: adding
+an option is one edit here. What belongs to Megatron (number of heads, learning rate, parallel sizes) is not repeated.
+
+A *share* says how much of a gradient passes a boundary, from 0 (cut) to 1 (whole): the forward pass never changes. There
+are three things that the heads share with the main model, the trunk, the embedding and the output layer, and two
+losses that reach them, the heads' cross-entropy (`ce`) and the distillation (`kd`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Objective = Literal["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
+
+
+@dataclass(frozen=True)
+class MTPDConfig:
+    """Options of multi-token prediction with self-distillation (MTP-D).
+
+    The loss is `CE(main) + sum_k [alpha_k CE(head k) + beta_k D_k]`, where `D_k` compares head k with the main head at the
+    same target token (arXiv 2603.23911). Raises ValueError, naming the option, its value and the remedy.
+    """
+
+    objective: Objective = "topn_kl"
+    """Distillation objective D_k. topn_kl: forward KL over the main head's top-N tokens (the paper). kl, reverse_kl, tv, lk,
+    e2e_tv: over the whole vocabulary."""
+
+    top_n: int = 10_000
+    """N of topn_kl: how many tokens of the main head's distribution are distilled, ties at the N-th all counted; capped
+    at the vocabulary size."""
+
+    alpha: list[float] | None = None
+    """Weight of each head's cross-entropy: one value for all heads or one per head. Default:
+    --mtp-loss-scaling-factor divided by the number of heads, as in Megatron."""
+
+    beta: list[float] | None = None
+    """Weight of each head's distillation: one value for all heads or one per head. 0 is plain MTP. Default: 1.0 with one
+    head, 0.5 with more (the paper's values for 1 and 4 heads)."""
+
+    temperature: float = 1.0
+    """Temperature of both distributions in the distillation; its loss is multiplied by the temperature squared, so
+    that the gradient keeps its size."""
+
+    lk_eta: float = 3.0
+    """eta of the lk objective: lambda = exp(-eta * alpha) weighs KL against total variation (arXiv 2602.23881)."""
+
+    ce_trunk_share: float = 1.0
+    """Share of the heads' cross-entropy gradient that reaches the trunk (the main model's hidden states)."""
+
+    ce_embedding_share: float = 1.0
+    """Share of the heads' cross-entropy gradient that reaches the embedding."""
+
+    ce_output_share: float = 1.0
+    """Share of the heads' cross-entropy gradient that reaches the output layer."""
+
+    kd_trunk_share: float = 1.0
+    """Share of the distillation's gradient that reaches the trunk. Other than ce_trunk_share it costs a second pass of
+    the heads, because the two gradients then have to be carried through them apart."""
+
+    kd_embedding_share: float = 1.0
+    """Share of the distillation's gradient that reaches the embedding. Other than ce_embedding_share it costs a second
+    pass of the heads."""
+
+    kd_output_share: float = 1.0
+    """Share of the distillation's gradient that reaches the output layer."""
+
+    clip_apart: bool = True
+    """Clip the heads' gradients by their own norm and the trunk's by its own (--clip-grad for each), so that the number
+    of heads does not change the main model's steps."""
+
+    distill_start: int = 0
+    """Iteration at which the distillation begins; before it, training is plain MTP."""
+
+    distill_ramp: int = 0
+    """Iterations over which the distillation's weight then grows linearly from 0 to beta."""
+
+    cross_documents: bool = False
+    """Let a head predict across a document end or a masked position, as Megatron's plain MTP does. By default no pair
+    of position and target has one between them."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            self._refuse("objective", f"choose one of {', '.join(get_args(Objective))}")
+        if self.top_n < 1:
+            self._refuse("top_n", "give a number of tokens of at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            self._refuse("temperature", "give a positive number; 1 is the paper's")
+        if not (math.isfinite(self.lk_eta) and self.lk_eta >= 0):
+            self._refuse("lk_eta", "give a number of at least 0; 3 is the published value")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value is not None and not (len(value) and all(math.isfinite(v) and v >= 0 for v in value)):
+                self._refuse(name, "give one number of at least 0, or one per head")
+        for name in SHARES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                self._refuse(name, "give a share between 0 (cut) and 1 (whole)")
+        for name in ("distill_start", "distill_ramp"):
+            if getattr(self, name) < 0:
+                self._refuse(name, "give a number of iterations of at least 0")
+
+    def _refuse(self, name: str, remedy: str) -> None:
+        raise ValueError(f"{flag(name)} is {getattr(self, name)!r}: {remedy}.")
+
+    def alphas(self, num_heads: int, mtp_loss_scaling_factor: float) -> tuple[float, ...]:
+        """Cross-entropy weight of each head. Shape [num_heads]."""
+        return self._per_head("alpha", self.alpha or [mtp_loss_scaling_factor / num_heads], num_heads)
+
+    def betas(self, num_heads: int) -> tuple[float, ...]:
+        """Distillation weight of each head, at full strength. Shape [num_heads]."""
+        return self._per_head("beta", self.beta or [1.0 if num_heads == 1 else 0.5], num_heads)
+
+    def _per_head(self, name: str, values: Sequence[float], num_heads: int) -> tuple[float, ...]:
+        if len(values) == 1:
+            return (float(values[0]),) * num_heads
+        if len(values) != num_heads:
+            self._refuse(name, f"the model has {num_heads} heads; give one number, or {num_heads} of them")
+        return tuple(float(v) for v in values)
+
+    def distill_scale(self, iteration: int) -> float:
+        """Factor on every beta at an iteration counted from 0: 0 before `distill_start`, then a ramp to 1.
+
+        The first iteration of a ramp of R has weight 1/R, the R-th has weight 1.
+        """
+        if iteration < self.distill_start:
+            return 0.0
+        if self.distill_ramp == 0:
+            return 1.0
+        return min(1.0, (iteration - self.distill_start + 1) / self.distill_ramp)
+
+    @property
+    def heads_pass_twice(self) -> bool:
+        """Whether cross-entropy and distillation need passes of their own through the heads."""
+        return (self.ce_trunk_share, self.ce_embedding_share) != (self.kd_trunk_share, self.kd_embedding_share)
+
+
+SHARES = tuple(f.name for f in fields(MTPDConfig) if f.name.endswith("_share"))
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: `top_n` -> `--mtpd-top-n`."""
+    return "--mtpd-" + name.replace("_", "-")

@@ -1,0 +1,262 @@
+"""`MTPDModel`: Megatron's HybridModel with MTP heads, and the MTP-D loss in the place of Megatron's.
+
+The seam. `HybridModel.forward` returns the hidden states of main model and heads when it is told that it is not the last
+stage; everything after them, the output layer and the losses, is ours. So nothing of Megatron is copied, and the layers,
+parallelism, recomputation and checkpoints of main model and heads are Megatron's own.
+
+The contract with Megatron's loop is unchanged: with labels, `forward` returns the main head's per-token loss [b, s], and
+the heads' losses ride on its gradient (`losses.eager.attach_heads_loss`). `loss_report` holds the sums of the last call.
+
+Deliberately absent: optimisation, data, reports. Inference goes through `hidden_states_of_all_heads` and `logits`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_token_prediction import roll_tensor
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch import Tensor
+
+from megatron_mtpd.config import MTPDConfig
+from megatron_mtpd.losses.alignment import Shift, head_masks, shift_left
+from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss, mtpd_loss
+from megatron_mtpd.losses.gradients import scale_gradient
+from megatron_mtpd.losses.report import LossReport
+from megatron_mtpd.specs import hybrid_stack_spec
+
+
+class MTPDModel(HybridModel):
+    """HybridModel whose MTP heads learn from the main head.
+
+    Args:
+        mtpd: the method's options.
+        eod_token_id: the end-of-document token; heads form no pairs across it. None: documents are not told apart.
+        others: as HybridModel.
+
+    Attributes:
+        distill_scale: factor on every beta (schedule), set by the training loop before each step.
+        loss_report: sums of the last forward pass with labels, on the last pipeline stage.
+
+    Raises ValueError for options that do not go together.
+    """
+
+    def __init__(
+        self, *args: Any, mtpd: MTPDConfig | None = None, eod_token_id: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.mtpd = mtpd or MTPDConfig()
+        self.eod_token_id = eod_token_id
+        self.distill_scale = 1.0
+        self.loss_report: LossReport | None = None
+        self._shares = (1.0, 1.0)  # of trunk and embedding, for the pass of the heads that runs next
+        self._heads_inputs: dict[str, Any] = {}
+        num_heads = self.config.mtp_num_layers or 0
+        if num_heads:
+            self.alphas = self.mtpd.alphas(num_heads, self.config.mtp_loss_scaling_factor)
+            self.betas = self.mtpd.betas(num_heads)
+        if self.mtpd.heads_pass_twice and "E" in (self.mtp_pattern or ""):
+            raise ValueError(
+                f"Heads with a mixture of experts (pattern {self.mtp_pattern!r}) need equal shares for cross-entropy and "
+                "distillation: a second pass of the heads would count the router's auxiliary loss twice. Set "
+                "--mtpd-kd-trunk-share and --mtpd-kd-embedding-share to the values of --mtpd-ce-..., or use dense heads ('*-')."
+            )
+        if self.mtp_process:
+            self.mtp.register_forward_pre_hook(self._gate_heads, with_kwargs=True)
+            if self.mtpd.clip_apart:
+                for parameter in self.mtp.parameters():
+                    parameter.grad_norm_group = "mtp"  # the group that Megatron's optimizers clip by itself
+
+    # Hidden states -----------------------------------------------------------------------------------------------
+
+    def _gate_heads(self, _module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before the heads run: keep what they are given, and hand them its gated form."""
+        self._heads_inputs = dict(kwargs)
+        trunk_share, embedding_share = self._shares
+        embedding = kwargs["embedding"]
+
+        def gated_embedding(**inputs: Tensor) -> Tensor:
+            return scale_gradient(embedding(**inputs), embedding_share)
+
+        gated = scale_gradient(kwargs["hidden_states"], trunk_share)
+        return args, {**kwargs, "hidden_states": gated, "embedding": gated_embedding}
+
+    @contextmanager
+    def _stop_at_hidden_states(self) -> Iterator[None]:
+        self.post_process = False
+        try:
+            yield
+        finally:
+            self.post_process = True
+
+    def hidden_states_of_all_heads(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """On the last pipeline stage: hidden states of the main model, of the heads for cross-entropy, and for distillation.
+
+        Arguments as HybridModel.forward. Each tensor is [s, b, h] ([s / tp, b, h] with sequence parallelism), after its final
+        norm. The two lists are the same, unless gradients are let through differently (`heads_pass_twice`).
+        """
+        config = self.mtpd
+        self._shares = (config.ce_trunk_share, config.ce_embedding_share)
+        with self._stop_at_hidden_states():
+            stacked = super().forward(*args, **kwargs)
+        num_heads = self.config.mtp_num_layers
+        # The heads' block stacks its gated input in front: the main head needs the one that is not gated.
+        main = self._heads_inputs["hidden_states"]
+        for_ce = list(torch.chunk(stacked, 1 + num_heads))[1:]
+        for_kd = for_ce
+        if config.heads_pass_twice and torch.is_grad_enabled():
+            self._shares = (config.kd_trunk_share, config.kd_embedding_share)
+            for_kd = list(torch.chunk(self.mtp(**self._heads_inputs), 1 + num_heads))[1:]
+        self._heads_inputs = {}
+        return main, for_ce, for_kd
+
+    # Logits ------------------------------------------------------------------------------------------------------
+
+    def logits(self, hidden_states: Tensor, output_share: float = 1.0) -> Tensor:
+        """[s, b, h] -> [s, b, V / tp] through the shared output layer; its gradient to the weight times `output_share`."""
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if output_share == 1.0 or not torch.is_grad_enabled():
+            return self._scale_logits(self.output_layer(hidden_states, weight=shared)[0])
+        weight = shared if shared is not None else self.output_layer.weight
+        cut = self._scale_logits(self.output_layer(hidden_states, weight=weight.detach())[0])
+        if output_share == 0.0:
+            return cut
+        # Not a scaled weight: fused accumulation writes into the parameter's own gradient buffer, so it must see the
+        # parameter. Half from the cut product and half from the whole one gives the weight half of the gradient.
+        return torch.lerp(cut, self.logits(hidden_states), output_share)
+
+    # Loss --------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As HybridModel.forward: per-token loss of the main head [b, s] fp32 with labels, logits [b, s, V / tp] without.
+
+        Args:
+            input_ids, position_ids, labels: int64 [b, s]. `labels[:, j]` is token j + 1.
+            loss_mask: [b, s] of 0 and 1; None: all ones.
+
+        With labels, the gradient of the heads' losses is attached to the result, for a caller that reduces it as
+        `c * (losses * loss_mask).sum()`. Raises ValueError for packed sequences.
+        """
+        if kwargs.get("packed_seq_params") is not None:
+            raise ValueError(
+                "Packed sequences (THD) are not supported with MTP-D heads: use [b, s] batches, where documents are told "
+                "apart by the end-of-document token and --reset-attention-mask."
+            )
+        inputs = (input_ids, position_ids, attention_mask, *args)
+        if not self.post_process or not self.mtp_process:
+            return super().forward(*inputs, labels=labels, loss_mask=loss_mask, **kwargs)
+        main, for_ce, for_kd = self.hidden_states_of_all_heads(*inputs, **kwargs)
+        if labels is None:
+            return self.logits(main).transpose(0, 1).contiguous()
+        if loss_mask is None:
+            loss_mask = torch.ones_like(labels, dtype=torch.float32)
+        main_loss, heads_loss, self.loss_report = self._losses(
+            main, for_ce, for_kd, labels.t(), loss_mask.t(), self._document_ends(input_ids)
+        )
+        if torch.is_grad_enabled():
+            main_loss = attach_heads_loss(main_loss, loss_mask.t(), heads_loss)
+        return main_loss.t().contiguous()
+
+    def _losses(
+        self,
+        main: Tensor,
+        for_ce: list[Tensor],
+        for_kd: list[Tensor],
+        labels: Tensor,
+        loss_mask: Tensor,
+        document_ends: Tensor | None,
+    ) -> tuple[Tensor, Tensor, LossReport]:
+        config = self.mtpd
+        shift = self._shift()
+        weights = HeadWeights(
+            self.alphas,
+            tuple(beta * self.distill_scale for beta in self.betas),
+            per_head_mean=not self.config.calculate_per_token_loss,
+        )
+        ce_logits = [self.logits(h, config.ce_output_share) for h in for_ce]
+        if for_kd is for_ce and config.kd_output_share == config.ce_output_share:
+            kd_logits = ce_logits
+        else:
+            kd_logits = [self.logits(h, config.kd_output_share) for h in for_kd]
+        masks = head_masks(loss_mask, len(for_ce), document_ends, config.cross_documents, shift)
+        tp_group = self.pg_collection.tp if self.parallel_output else None
+        return mtpd_loss(
+            self.logits(main), ce_logits, kd_logits, labels, loss_mask, masks, weights, config, tp_group, shift
+        )
+
+    def _document_ends(self, input_ids: Tensor) -> Tensor | None:
+        return None if self.eod_token_id is None else (input_ids == self.eod_token_id).t()
+
+    def _shift(self) -> Shift:
+        cp_group = self.pg_collection.cp
+        if cp_group is None or cp_group.size() == 1:
+            return shift_left
+
+        def shift(x: Tensor, k: int) -> Tensor:
+            for _ in range(k):  # Megatron's exchange with the neighbours moves by one
+                x, _ = roll_tensor(x, shifts=-1, dims=0, cp_group=cp_group)
+            return x
+
+        return shift
+
+
+@dataclass(kw_only=True)
+class MTPDModelConfig(HybridModelConfig):
+    """HybridModelConfig, the method's options and the end-of-document token: all that `MTPDModelBuilder` needs."""
+
+    builder: ClassVar[str] = "megatron_mtpd.model.MTPDModelBuilder"
+    mtpd: MTPDConfig = field(default_factory=MTPDConfig)
+    eod_token_id: int | None = None
+
+
+class MTPDModelBuilder(HybridModelBuilder):
+    """Builds `MTPDModel` stages, of Transformer Engine's modules where they run and of local ones elsewhere."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> MTPDModel:
+        """Build one pipeline stage; whether it holds embedding and output layer follows from its place in `pg_collection`."""
+        config: MTPDModelConfig = self._model_config
+        if config.vocab_size is None:
+            raise ValueError("vocab_size of the model is not set: give --vocab-size or a tokenizer.")
+        # Whatever field of the configuration is named like an argument of the model is that argument.
+        arguments = inspect.signature(HybridModel.__init__).parameters
+        kwargs = {f.name: getattr(config, f.name) for f in fields(config) if f.name in arguments}
+        kwargs |= {
+            "config": config.transformer,
+            "hybrid_stack_spec": config.hybrid_stack_spec or hybrid_stack_spec(config.transformer),
+            "max_sequence_length": config.seq_length,
+            "pre_process": is_pp_first_stage(pg_collection.pp) if pre_process is None else pre_process,
+            "post_process": is_pp_last_stage(pg_collection.pp) if post_process is None else post_process,
+            "pg_collection": pg_collection,
+            "vp_stage": vp_stage,
+        }
+        if config.should_pad_vocab:
+            kwargs["vocab_size"] = calculate_padded_vocab_size(
+                config.vocab_size,
+                config.make_vocab_size_divisible_by,
+                config.transformer.tensor_model_parallel_size,
+            )
+        return MTPDModel(**kwargs, mtpd=config.mtpd, eod_token_id=config.eod_token_id)

@@ -1,0 +1,311 @@
+"""What running without CUDA, or without Transformer Engine, takes; the only file of the package that patches anything.
+
+Contract: every entry point calls `setup()` first, before it imports `megatron`. Where CUDA is available it touches nothing
+but what the published wheel lacks; where it is not, it makes PyTorch answer Megatron's calls for a GPU with the CPU, on
+which the same training loop then runs with gloo. Each patch is a row of a table that says what it replaces, what it
+expects to find there and why; when an installed megatron-core no longer matches, `setup()` says so instead of patching.
+
+Deliberately absent: anything about models (see `specs`), and any promise of speed on a CPU. Not possible without CUDA:
+context parallelism, FP8, CUDA graphs and Megatron's own inference engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import os
+import resource
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+WRITTEN_FOR = "0.19.2"
+"""Version of megatron-core that the patches were written for and tested with."""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute.
+
+    `make(original)` returns the replacement. `parameters` are the names that the original has to accept: those that the
+    replacement, or the code that calls it, counts on; None where the original is not a Python function.
+    """
+
+    owner: str
+    """Import path of the module, or module:Class, that holds the attribute."""
+    attribute: str
+    make: Callable[[Any], Any]
+    why: str
+    parameters: tuple[str, ...] | None = None
+
+    def resolve(self) -> tuple[Any, Any]:
+        """Import the owner, check what is expected of it, and return it with the original. Raises RuntimeError."""
+        module, _, member = self.owner.partition(":")
+        try:
+            owner = importlib.import_module(module)
+            owner = getattr(owner, member) if member else owner
+            original = getattr(owner, self.attribute)
+        except (ImportError, AttributeError) as error:
+            raise self._changed(str(error)) from error
+        if self.parameters is not None:
+            found = inspect.signature(original).parameters
+            missing = [name for name in self.parameters if name not in found]
+            if missing:
+                raise self._changed(f"it no longer takes {', '.join(missing)}")
+        return owner, original
+
+    def _changed(self, detail: str) -> RuntimeError:
+        package = "torch" if self.owner.startswith("torch") else "megatron-core"
+        return RuntimeError(
+            f"Cannot patch {self.owner}.{self.attribute} ({self.why}): {detail}. Installed: {package} "
+            f"{importlib.metadata.version(package)}; the patch was written for megatron-core {WRITTEN_FOR}. "
+            f"Install megatron-core=={WRITTEN_FOR}, or adapt megatron_mtpd/platform.py."
+        )
+
+
+def uses_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed and has a GPU to run on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+# --- torch without CUDA ----------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """Stands for the one stream of a CPU, and for its events: everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or self
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@contextmanager
+def _stream_context(stream: Any):
+    yield
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _returns(value: Any) -> Callable[[Any], Any]:
+    return lambda original: lambda *args, **kwargs: value
+
+
+def _replace(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory whose `device="cuda"` means the CPU."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _named_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type()`, whose name Megatron's optimizers compare with `torch.cuda.FloatTensor`."""
+
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_
+
+
+def _memory_stats(device: Any = None) -> dict[str, int]:
+    """Of the process instead of the GPU's allocator, in bytes."""
+    now, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    stats = {f"{kind}_bytes.all.{when}": size for kind in ("allocated", "reserved") for when, size in (("current", now), ("peak", peak))}
+    return stats | {"allocation.all.current": 0}
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+_TORCH_WITHOUT_CUDA = (
+    Patch("torch.cuda", "current_device", _returns(_CPU), "tensors are made on the current device", ()),
+    Patch("torch.cuda", "device_count", _returns(1), "model-parallel groups are only made where a device is", ()),
+    Patch("torch.cuda", "set_device", _replace(_nothing), "there is one device", ("device",)),
+    Patch("torch.cuda", "synchronize", _replace(_nothing), "timers and checkpoints wait for the device", ("device",)),
+    Patch("torch.cuda", "Stream", _replace(_Stream), "gradients and transfers have streams"),
+    Patch("torch.cuda", "current_stream", _returns(_Stream()), "streams wait for the current one", ("device",)),
+    Patch("torch.cuda", "stream", _replace(_stream_context), "work is queued on a stream", ("stream",)),
+    Patch("torch.cuda", "Event", _replace(_Stream), "streams wait for events"),
+    Patch("torch.cuda", "memory_stats", _replace(_memory_stats), "memory is reported", ("device",)),
+    Patch("torch.cuda.memory", "memory_stats", _replace(_memory_stats), "memory is reported", ("device",)),
+    Patch("torch.cuda", "get_rng_state", lambda _: lambda device=None: torch.get_rng_state(), "rng state", ("device",)),
+    Patch("torch.cuda.random", "get_rng_state", lambda _: lambda device=None: torch.get_rng_state(), "rng state", ()),
+    Patch("torch.cuda", "set_rng_state", _replace(_set_rng_state), "checkpoints restore it", ("new_state", "device")),
+    Patch("torch.cuda", "manual_seed", _replace(torch.default_generator.manual_seed), "rng state", ("seed",)),
+    Patch("torch:Tensor", "cuda", lambda _: lambda self, *args, **kwargs: self, "batches move to the device"),
+    Patch("torch.nn:Module", "cuda", lambda _: lambda self, device=None: self, "models move to the device", ("device",)),
+    Patch("torch:Tensor", "type", _named_as_cuda, "optimizers compare type names"),
+    *(Patch("torch", name, _on_cpu, "made on cuda by name") for name in ("tensor", "zeros", "ones", "empty", "empty_like")),
+)
+
+# --- Megatron without CUDA -------------------------------------------------------------------------------------------
+
+
+def _without_cuda(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(initialize_megatron, allow_no_cuda=True)
+
+
+def _counts_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+_MEGATRON_WITHOUT_CUDA = (
+    Patch(
+        "megatron.training.training",
+        "initialize_megatron",
+        _without_cuda,
+        "pretrain() asserts that CUDA is available",
+        ("allow_no_cuda",),
+    ),
+    Patch(
+        "megatron.training.training",
+        "set_jit_fusion_options",
+        _replace(_nothing),
+        "warms up fused kernels on a GPU",
+        ("tp_size",),
+    ),
+    Patch(
+        "megatron.training.arguments",
+        "get_device_arch_version",
+        _returns(10),
+        "tensor parallelism asks it whether CUDA_DEVICE_MAX_CONNECTIONS matters; from 10 on it does not",
+        (),
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _replace(_set_rng_state),
+        "queued for a GPU that never starts",
+        ("new_state", "device", "graph_safe"),
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _replace(_counts_on_cpu),
+        "leaves the counts of tokens a tensor when they are on the CPU already; all-to-all wants an array",
+        ("tensor", "as_numpy", "record_stream"),
+    ),
+)
+
+_EVERYWHERE = (
+    Patch(
+        "megatron.core.datasets.utils",
+        "compile_helpers",
+        _replace(_nothing),
+        "the wheel holds the compiled helper, and no Makefile",
+        (),
+    ),
+    Patch(
+        "megatron.training.training",
+        "get_megatron_optimizer",
+        lambda original: _remembered(original),
+        "the loop has no hook that sees the optimizer",
+    ),
+)
+
+
+def patches() -> tuple[Patch, ...]:
+    """The patches that this machine needs; without those on `torch` and on the GPU's part of Megatron where CUDA is."""
+    cuda = torch.cuda.is_available()
+    return (() if cuda else _TORCH_WITHOUT_CUDA + _MEGATRON_WITHOUT_CUDA) + _EVERYWHERE
+
+
+_done = False
+
+
+def setup() -> None:
+    """Make Megatron run on this machine. Call it first, before `megatron` is imported; further calls do nothing.
+
+    Raises RuntimeError, naming the patch and the versions, when the installed torch or megatron-core is not as expected;
+    nothing of the kind that failed is patched then.
+    """
+    global _done
+    if _done:
+        return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling elementwise functions costs the first step 24 s
+        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_not_one_generator)
+    for patch in patches():
+        owner, original = patch.resolve()
+        setattr(owner, patch.attribute, patch.make(original))
+    _done = True
+
+
+def _not_one_generator(record: logging.LogRecord) -> bool:
+    """Drop Megatron's warning that the CPU's generator moved while the GPU's was in use: here they are the same one."""
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def replace_norm(norm: Any) -> None:
+    """Make Megatron's hybrid stack end in `norm`, called as `norm(config=, hidden_size=, eps=)`."""
+    patch = Patch(
+        "megatron.core.models.hybrid.hybrid_block", "TENorm", _replace(norm), "the stack's last norm is not in its spec"
+    )
+    owner, _ = patch.resolve()
+    setattr(owner, patch.attribute, norm)
+
+
+# --- what Megatron's training loop has no hook for ----------------------------------------------------------------------
+
+
+def set_tensorboard_writer(writer: Any) -> None:
+    """Make Megatron's loop report to `writer`, which has SummaryWriter's methods. After the arguments are parsed."""
+    owner, _ = Patch("megatron.training.global_vars", "_GLOBAL_TENSORBOARD_WRITER", _replace(writer), "reports").resolve()
+    owner._GLOBAL_TENSORBOARD_WRITER = writer
+
+
+_optimizers: list[Any] = []
+
+
+def _remembered(get_megatron_optimizer: Callable[..., Any]) -> Callable[..., Any]:
+    """The loop reports one gradient norm; the optimizer it builds knows those of the groups as well."""
+
+    @functools.wraps(get_megatron_optimizer)
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        optimizer = get_megatron_optimizer(*args, **kwargs)
+        _optimizers[:] = [optimizer]
+        return optimizer
+
+    return remembered
+
+
+def heads_grad_norm() -> float | None:
+    """Norm of the heads' gradients before clipping, in the last step; None when they are not clipped apart."""
+    norms = getattr(_optimizers[0], "grad_norms_by_group", {}) if _optimizers else {}
+    return norms.get("mtp")

@@ -1,0 +1,90 @@
+"""Command-line flags: Megatron's own, and `--mtpd-*` generated from `MTPDConfig`; and the checks of the combination.
+
+Every check runs before any process group, model or dataset is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_mtpd.config import SHARES, MTPDConfig, flag
+
+
+class _MTPDFlags(ArgumentGroupFactory):
+    """A flag `--mtpd-x` and a destination `mtpd_x` for every field `x` of MTPDConfig."""
+
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        name = flag(config_attr_name)
+        return f"--{prefix}-{name.removeprefix('--')}" if prefix else name
+
+    def _build_argparse_kwargs_from_field(self, attribute: dataclasses.Field) -> dict[str, Any]:
+        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        help_text = kwargs["help"].replace("%", "%%")
+        return {**kwargs, "dest": f"mtpd_{attribute.name}", "help": f"{help_text} [{kwargs['default']}]"}
+
+
+def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of the method, and the defaults that our training has and Megatron's has not."""
+    _MTPDFlags(MTPDConfig).build_group(parser, title="MTP-D: heads that learn from the main head")
+    group = parser.add_argument_group(title="MTP-D: reports and checkpoints")
+    group.add_argument(
+        "--metrics-jsonl",
+        metavar="FILE",
+        help="one JSON record an iteration, of everything that TensorBoard shows [metrics.jsonl in --tensorboard-dir]",
+    )
+    group.add_argument(
+        "--no-verify-checkpoint",
+        dest="verify_checkpoint",
+        action="store_false",
+        help="do not compare the checksums of the checkpoint's files before it is loaded",
+    )
+    parser.set_defaults(
+        position_embedding_type="rope",  # Megatron's heads work with no other
+        exit_signal_handler=True,  # SIGTERM saves and exits
+        log_throughput=True,
+        log_timers_to_tensorboard=True,
+    )
+    return parser
+
+
+def mtpd_config_from_args(args: argparse.Namespace) -> MTPDConfig:
+    """The `MTPDConfig` that the flags describe. Raises ValueError for a value or a combination that cannot work."""
+    values = {f.name: getattr(args, f"mtpd_{f.name}") for f in dataclasses.fields(MTPDConfig)}
+    if args.mtp_detach_heads:  # Megatron's flag for heads that leave the main model alone
+        if any(values[name] != 1.0 for name in SHARES):
+            raise ValueError(
+                "--mtp-detach-heads cuts every gradient of the heads, and a --mtpd-*-share is set as well. Use the shares alone."
+            )
+        values |= dict.fromkeys(SHARES, 0.0)
+    config = MTPDConfig(**values)
+    _refuse_combinations(args, config)
+    return config
+
+
+def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
+    if not args.mtp_num_layers:
+        raise ValueError(
+            f"The model has no MTP heads (--hybrid-layer-pattern {args.hybrid_layer_pattern!r}): add --mtp-num-layers K to "
+            "--num-layers, or a '/*-' for each head to the pattern."
+        )
+    config.alphas(args.mtp_num_layers, args.mtp_loss_scaling_factor)
+    config.betas(args.mtp_num_layers)
+    unsupported = {
+        "--sft": args.sft,
+        "--dataloader-inter-document-masking": args.dataloader_inter_document_masking,
+        "--hybrid-context-parallel": args.hybrid_context_parallel,
+        "--fp16-lm-cross-entropy": args.fp16_lm_cross_entropy,
+        "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
+    }
+    for name, is_set in unsupported.items():
+        if is_set:
+            raise ValueError(f"{name} is not supported with MTP-D heads: remove it.")
+    if args.recompute_granularity == "full" and args.recompute_method == "block":
+        raise ValueError(
+            "--recompute-method block would leave the MTP heads without recomputation (megatron-core 0.19 skips them): "
+            "use --recompute-method uniform --recompute-num-layers 1."
+        )

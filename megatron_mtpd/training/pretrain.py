@@ -1,0 +1,78 @@
+"""The entry of training: flags, configuration, checks, then `megatron.training.pretrain`.
+
+Importing this module prepares the machine (`platform.setup`), because Megatron must not be imported before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mtpd import platform
+
+platform.setup()
+
+import torch  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import get_tensorboard_writer, get_tokenizer, pretrain  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from megatron_mtpd.config import MTPDConfig  # noqa: E402
+from megatron_mtpd.data.datasets import train_valid_test_datasets_provider  # noqa: E402
+from megatron_mtpd.model import MTPDModelConfig  # noqa: E402
+from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_from_args  # noqa: E402
+from megatron_mtpd.training.forward_step import forward_step  # noqa: E402
+from megatron_mtpd.training.layer_pattern import expand_layer_flags  # noqa: E402
+from megatron_mtpd.training.metrics import MetricsWriter  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pretrain as the command line asks (default: sys.argv). Every rank calls it.
+
+    Raises ValueError for flags that cannot work, before anything is built.
+    """
+    sys.argv[1:] = expand_layer_flags(sys.argv[1:] if argv is None else argv)
+    args = parse_and_validate_args(extra_args_provider=add_mtpd_arguments)
+    mtpd = mtpd_config_from_args(args)
+    model_config = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
+    model_config.mtpd = mtpd
+    model_config.eod_token_id = get_tokenizer().eod
+    _report_to(args, mtpd)
+    # Started without torchrun there is one process, and no address to meet at.
+    store = torch.distributed.HashStore() if args.world_size == 1 else None
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        store=store,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _report_to(args, mtpd: MTPDConfig) -> None:
+    """Put our writer in the place of Megatron's, on the rank that has one."""
+    writer = get_tensorboard_writer()
+    jsonl = args.metrics_jsonl
+    if jsonl is None and args.tensorboard_dir:
+        jsonl = Path(args.tensorboard_dir) / "metrics.jsonl"
+    if args.rank != args.world_size - 1 or (writer is None and jsonl is None):
+        return
+    metrics = MetricsWriter(writer, jsonl, args.mtp_num_layers, platform.heads_grad_norm)
+    rows = [f"| {f.name} | {getattr(mtpd, f.name)} |" for f in dataclasses.fields(mtpd)]
+    metrics.add_text("mtpd", "\n".join(["| option | value |", "|---|---|", *rows]))
+    metrics.add_text("command", "    " + " ".join(sys.argv))
+    platform.set_tensorboard_writer(metrics)
+    atexit.register(metrics.close)
+
+
+if __name__ == "__main__":
+    main()
