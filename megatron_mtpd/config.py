@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Objective = Literal["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
+LossImplementation = Literal["eager"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class MTPDConfig:
     The loss is `CE(main) + sum_k [alpha_k CE(head k) + beta_k D_k]`, where `D_k` compares head k with the main head at the
     same target token (arXiv 2603.23911). Raises ValueError, naming the option, its value and the remedy.
     """
+
+    loss: LossImplementation = "eager"
+    """How the loss is computed. eager: on the logits of all heads, the reference."""
 
     objective: Objective = "topn_kl"
     """Distillation objective D_k. topn_kl: forward KL over the main head's top-N tokens (the paper). kl, reverse_kl, tv, lk,

@@ -20,10 +20,9 @@ import inspect
 import logging
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -33,6 +32,7 @@ WRITTEN_FOR = "0.19.2"
 """Version of megatron-core that the patches were written for and tested with."""
 
 _CPU = torch.device("cpu")
+_HYBRID = "megatron.core.models.hybrid.hybrid_block"
 
 
 @dataclass(frozen=True)
@@ -272,29 +272,100 @@ def _not_one_generator(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
-def replace_norm(norm: Any) -> None:
-    """Make Megatron's hybrid stack end in `norm`, called as `norm(config=, hidden_size=, eps=)`."""
-    patch = Patch(
-        "megatron.core.models.hybrid.hybrid_block", "TENorm", _replace(norm), "the stack's last norm is not in its spec"
-    )
-    owner, _ = patch.resolve()
-    setattr(owner, patch.attribute, norm)
+def replace_norm(norm: Callable[..., Any]) -> None:
+    """Let Megatron's hybrid stack end in `norm(config=, hidden_size=, eps=)`; its spec has no place for that norm."""
+    owner, _ = Patch(_HYBRID, "TENorm", _replace(norm), "the last norm of a stack is not in its spec").resolve()
+    owner.TENorm = norm
 
 
-# --- what Megatron's training loop has no hook for ----------------------------------------------------------------------
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def set_default_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Give Megatron's parser the defaults that this machine needs; what the user writes still wins. Returns the parser.
+
+    On a GPU with Transformer Engine only `--no-gradient-accumulation-fusion` can be among them: the output layer is a
+    local module, for which that fusion takes NVIDIA's apex.
+    """
+    defaults: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        defaults |= {"distributed_backend": "gloo"}
+    if not uses_transformer_engine():
+        defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        defaults |= {"gradient_accumulation_fusion": False}
+    parser.set_defaults(**defaults)
+    return parser
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """A flag, and the values of it that need something."""
+
+    flag: str
+    refused: Callable[[Any], bool] = bool
+    options: Mapping[str, Any] = field(default_factory=lambda: {"action": "store_true"})
+
+
+_NEED_CUDA = (
+    _Needs("--distributed-backend", lambda value: value == "nccl", {}),
+    _Needs("--cuda-graph-impl", lambda value: value != "none", {}),
+    _Needs("--enable-cuda-graph"),
+    _Needs("--moe-token-dispatcher-type", lambda value: value == "flex", {}),
+)
+_NEED_TRANSFORMER_ENGINE = (
+    _Needs("--transformer-impl", lambda value: value != "local", {}),
+    _Needs("--context-parallel-size", lambda value: value > 1, {"type": int}),
+    _Needs("--fp8-format", options={}),
+    _Needs("--fp4-format", options={}),
+    _Needs("--moe-grouped-gemm"),
+    _Needs("--moe-permute-fusion"),
+    _Needs("--moe-router-fusion"),
+    _Needs("--cross-entropy-fusion-impl", lambda value: value == "te", {}),
+    _Needs("--tp-comm-overlap"),
+    _Needs("--recompute-modules", lambda value: {"layernorm", "moe_act"} & set(value), {"nargs": "*"}),
+)
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Refuse the command-line arguments that this machine cannot honour.
+
+    Raises ValueError with the flag, its value and the remedy. Megatron itself would fail later and less clearly, or
+    ignore the flag.
+    """
+    if not uses_transformer_engine():
+        _refuse(arguments, _NEED_TRANSFORMER_ENGINE, "Transformer Engine on a GPU; install the extra megatron_mtpd[te] there")
+    if not torch.cuda.is_available():
+        _refuse(arguments, _NEED_CUDA, "a GPU")
+
+
+def _refuse(arguments: Sequence[str], needs: Sequence[_Needs], needed: str) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for need in needs:
+        parser.add_argument(need.flag, dest=need.flag, default=argparse.SUPPRESS, **need.options)
+    given, _ = parser.parse_known_args(arguments)
+    for need in needs:
+        value = getattr(given, need.flag, None)
+        if value is not None and need.refused(value):
+            shown = "" if value is True else f" {' '.join(value) if isinstance(value, list) else value}"
+            raise ValueError(f"{need.flag}{shown} needs {needed}, or leave the flag out.")
+
+
+# --- what Megatron's training loop has no hook for --------------------------------------------------------------------
 
 
 def set_tensorboard_writer(writer: Any) -> None:
     """Make Megatron's loop report to `writer`, which has SummaryWriter's methods. After the arguments are parsed."""
-    owner, _ = Patch("megatron.training.global_vars", "_GLOBAL_TENSORBOARD_WRITER", _replace(writer), "reports").resolve()
-    owner._GLOBAL_TENSORBOARD_WRITER = writer
+    name = "_GLOBAL_TENSORBOARD_WRITER"
+    owner, _ = Patch("megatron.training.global_vars", name, _replace(writer), "the loop's reports").resolve()
+    setattr(owner, name, writer)
 
 
 _optimizers: list[Any] = []
 
 
 def _remembered(get_megatron_optimizer: Callable[..., Any]) -> Callable[..., Any]:
-    """The loop reports one gradient norm; the optimizer it builds knows those of the groups as well."""
+    """The loop reports one gradient norm; the optimizer that it builds knows those of the groups as well."""
 
     @functools.wraps(get_megatron_optimizer)
     def remembered(*args: Any, **kwargs: Any) -> Any:

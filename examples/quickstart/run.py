@@ -29,12 +29,11 @@ class Scale:
     """How much is trained."""
 
     steps: int
-    corpus_bytes: int
     eval_iters: int
 
 
-FULL = Scale(steps=600, corpus_bytes=8_000_000, eval_iters=20)
-QUICK = Scale(steps=90, corpus_bytes=1_500_000, eval_iters=4)
+FULL = Scale(steps=600, eval_iters=20)
+QUICK = Scale(steps=90, eval_iters=4)
 
 SEQ_LENGTH, BATCH, VOCAB = 128, 8, 2048
 MODEL = [
@@ -45,25 +44,19 @@ MODEL = [
 ]
 
 
-def prepare_data(folder: Path, scale: Scale) -> tuple[Path, Path]:
-    """Tokenizer and dataset, made once: the paths of the model file and of the dataset's prefix."""
-    from megatron_mtpd.data.stdlib_corpus import stdlib_documents
-
+def prepare_data(folder: Path) -> tuple[Path, Path]:
+    """Tokenizer and dataset, made once: the tokenizer's model file and the dataset's prefix."""
     folder.mkdir(parents=True, exist_ok=True)
-    text, tokenizer, dataset = (folder / f"{scale.corpus_bytes}.{end}" for end in ("jsonl", "model", "tokens"))
-    if not text.exists():
-        part = text.with_suffix(".part")
-        with open(part, "w", encoding="utf-8") as out:
-            for document in stdlib_documents(max_bytes=scale.corpus_bytes):
-                out.write(json.dumps({"text": document.text}) + "\n")
-        part.rename(text)
-    tools = ROOT / "tools"
-    if not tokenizer.exists():
-        run([tools / "train_tokenizer.py", text, "--output", tokenizer.with_suffix(""), "--vocab-size", VOCAB])
-    if not dataset.with_name(dataset.name + ".idx").exists():
-        tokenize = [tools / "preprocess_data.py", text, "--output-prefix", dataset, "--append-eod", "--workers", 2]
-        run([*tokenize, "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer])
-    return tokenizer, dataset
+    tokenizer, dataset = folder / "tokenizer", folder / "tokens"
+    model, tools = folder / "tokenizer.model", ROOT / "tools"
+    if not model.exists():
+        to_tokenizer = ["--vocab-size", VOCAB, "--output-prefix", tokenizer]
+        run([tools / "train_tokenizer.py", "--input", "python-stdlib", *to_tokenizer])
+    if not (folder / "tokens.idx").exists():
+        tokenize = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+        to_dataset = ["--output-prefix", dataset, "--workers", 2, "--force"]
+        run([tools / "preprocess_data.py", "--input", "python-stdlib", *tokenize, *to_dataset])
+    return model, dataset
 
 
 def run(command: list) -> None:
@@ -155,7 +148,7 @@ def main() -> None:
     start = time.time()
 
     print("1/3 Text: Python's standard library, tokenized with SentencePiece", flush=True)
-    tokenizer, dataset = prepare_data(out / "data", scale)
+    tokenizer, dataset = prepare_data(out / "data")
     for old in ("checkpoints", "tensorboard"):
         shutil.rmtree(out / old, ignore_errors=True)
     for old in ("summary.json", "summary.png"):

@@ -1,8 +1,8 @@
 """Count what was read, and what could not be: nothing is dropped without a number and an example.
 
-A bad record (invalid UTF-8, invalid JSON, no text in it) counts by reason, keeps its first places for the report, and
-too many of them are an error. An empty document is counted and reported too, but it is not bad: it holds nothing that
-could be lost, and every Python package has empty files.
+A bad record (invalid UTF-8, invalid JSON, no text in it) counts by reason, keeps its first places for the
+report, and too many of them are an error. An empty document is counted and reported too, but it is not bad:
+it holds nothing that could be lost, and every Python package has empty files.
 
 Absent on purpose: repairing a record.
 """
@@ -25,8 +25,8 @@ class BadRecord(Exception):
 class Tally:
     """Counts of a run, and the judgement whether its bad records are too many.
 
-    max_bad: "100", at most so many records, judged at once; or "1%", at most this share of all, judged at the end.
-    Raises ValueError when `max_bad` is neither, and from `bad` and `finish` when there are too many.
+    max_bad: "100", at most so many records, judged at once; or "1%", at most this share of all, judged at the
+        end. Raises ValueError when `max_bad` is neither, and from `bad` and `finish` when there are too many.
     """
 
     def __init__(self, max_bad: str | int = "1%") -> None:
@@ -37,7 +37,7 @@ class Tally:
             self._limit = float(number) if self._is_share else int(number)
         except ValueError:
             self._limit = -1.0
-        if not 0 <= self._limit or (self._is_share and not self._limit <= 100):
+        if not 0 <= self._limit <= (100 if self._is_share else float("inf")):
             raise ValueError(f"--max-bad {max_bad}: give a number of records (100) or a share of them (1%)")
         self.documents = 0
         self.text_bytes = 0
@@ -76,16 +76,6 @@ class Tally:
         if not self.documents:
             raise self._nothing(f"no document in {self.records} records")
 
-    def report(self) -> str:
-        """Lines for a person: one for each reason, and the first places under it; "" when there is nothing to say."""
-        lines = []
-        for reason, count in [*self.reasons.most_common(), *([(EMPTY, self.empty)] if self.empty else [])]:
-            more = "" if count <= EXAMPLES else f" (the first {EXAMPLES})"
-            lines.append(f"  {reason}: {count}{more}")
-            lines += [f"    {example}" for example in self.examples[reason]]
-        skipped = f"skipped {self.bad_records + self.empty} of {self.records} records:"
-        return "\n".join([skipped, *lines]) if lines else ""
-
     def as_dict(self) -> dict:
         return {
             "records": self.records,
@@ -97,6 +87,9 @@ class Tally:
             "max_bad": self.max_bad,
         }
 
+    def report(self) -> str:
+        return report(self.as_dict())
+
     def _too_many(self) -> ValueError:
         return ValueError(
             f"too many bad records: {self.bad_records} of {self.records}, --max-bad allows {self.max_bad}; "
@@ -105,3 +98,17 @@ class Tally:
 
     def _nothing(self, found: str) -> ValueError:
         return ValueError(f"{found}; check --input, --format and --json-key\n{self.report()}".rstrip())
+
+
+def report(counts: dict) -> str:
+    """`Tally.as_dict()` for a person: each reason and its first places; "" if nothing was skipped."""
+    reasons = sorted(counts["bad"].items(), key=lambda item: -item[1])
+    if counts["empty"]:
+        reasons.append((EMPTY, counts["empty"]))
+    lines = []
+    for reason, count in reasons:
+        lines.append(f"  {reason}: {count}" + (f", the first {EXAMPLES}:" if count > EXAMPLES else ""))
+        lines += [f"    {place}" for place in counts["first_skipped"][reason]]
+    if lines:
+        lines.insert(0, f"skipped {sum(count for _, count in reasons)} of {counts['records']} records")
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Open a file for reading, decompressed by what its name ends with.
 
-Contract: `open_binary` yields the decompressed stream and the file under it, whose `tell()` says how much of the file
-on disk has been consumed. A name that cannot be read here is refused by `check_readable`, before any long work.
-A damaged file raises ValueError that names it: it is never mistaken for a short one.
+Contract: `open_binary` yields the decompressed stream and the file under it, whose `tell()` says how much of
+the file on disk has been consumed. A name that cannot be read here is refused by `check_readable`, before any
+long work. A damaged file raises ValueError that names it: it is never mistaken for a short one.
 
 Absent on purpose: guessing a format from the content, archives (.tar, .zip), writing.
 """
@@ -76,7 +76,7 @@ def _decompress(suffix: str, raw: IO[bytes]) -> tuple[Any, tuple[type[Exception]
 
 
 def _zstd() -> Any:
-    """Python 3.14's module, or its backport. (`zstandard` is not used: it reads a truncated file as a short one.)"""
+    """Python 3.14's module, or its backport; not `zstandard`, which reads a truncated file as a short one."""
     for name in ("compression.zstd", "backports.zstd"):
         try:
             return importlib.import_module(name)

@@ -63,7 +63,9 @@ def train_valid_test_datasets_provider(
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None) -> dict[str, Any]:
+def get_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
+) -> dict[str, Any]:
     """This rank's part of the next micro-batch: the entries of `BATCH_KEYS`, [b, s], or None where not needed here.
 
     The first tensor-parallel rank reads and broadcasts; under context parallelism each rank keeps its part of the

@@ -1,14 +1,16 @@
 """Tokenize text in parallel worker processes into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx.
 
-The contract: the dataset holds the documents in the order of the input, whatever the number of workers; it appears
-whole or not at all (`whole_files`); what was skipped is counted (`accounting`); and PREFIX.json says what it was made
-from. One process reads and writes; workers decode, parse and tokenize batches of records, at most a few batches ahead,
-so memory stays flat. Each document is one sequence, ended by the end-of-document token.
+The contract: the dataset holds the documents in the order of the input, whatever the number of workers; it
+appears whole or not at all (`whole_files`); what was skipped is counted (`accounting`); and PREFIX.json says
+what it was made from. One process reads and writes; workers decode, parse and tokenize batches of records, at
+most a few batches ahead, so memory stays flat. Each document is one sequence, ended by the end-of-document
+token.
 
-Absent on purpose: sentence splitting, several keys a document, packing and splitting (Megatron does both in training).
+Absent on purpose: sentence splitting, several keys a document, packing and splitting (Megatron does both in
+training).
 """
 
-import importlib.metadata
+import glob
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -23,13 +25,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mtpd.data.accounting import EMPTY, BadRecord, Tally
+from megatron_mtpd.data.accounting import EMPTY, BadRecord, Tally, report
 from megatron_mtpd.data.progress import Progress
+from megatron_mtpd.data.provenance import versions
 from megatron_mtpd.data.text import Record, TextFiles, parse
 from megatron_mtpd.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mtpd.data.whole_files import WholeFiles
@@ -63,13 +66,15 @@ def preprocess(
 ) -> dict:
     """Write PREFIX.bin, PREFIX.json and PREFIX.idx, and return what PREFIX.json holds.
 
-    append_eod: end every document with the tokenizer's end-of-document token (not twice, where its template does so).
-    workers: processes that tokenize; 1 does all in this one. With more, a script that calls this needs the usual
-        `if __name__ == "__main__":`.
+    append_eod: end every document with the tokenizer's end-of-document token (not twice, where its template
+        does so).
+    workers: processes that tokenize; 1 does all in this one. With more, a script that calls this needs the
+        usual `if __name__ == "__main__":`.
     max_bad: see `accounting.Tally`. force: replace an existing dataset.
 
-    Raises ValueError for bad options, existing output, damaged or too many bad records, and RuntimeError if a worker
-    dies; then nothing was written. Tokens are uint16 where the vocabulary allows, as Megatron chooses, else int32.
+    Raises ValueError for bad options, existing output, damaged or too many bad records, OSError of the disk
+    or of a worker that died (ChildProcessError); then nothing was written. Tokens are uint16 where the
+    vocabulary allows, as Megatron chooses, else int32.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1")
@@ -78,32 +83,41 @@ def preprocess(
     eod = tokenizer.eod if append_eod else None
     if append_eod and eod is None:
         raise ValueError(
-            f"--append-eod: {tokenizer_model} has no end-of-document token; choose another tokenizer, or --no-append-eod"
+            f"--append-eod: {tokenizer_model} has no end-of-document token; "
+            "choose another tokenizer, or --no-append-eod"
         )
     bin_path, json_path, idx_path = (f"{output_prefix}.{kind}" for kind in ("bin", "json", "idx"))
     outputs = WholeFiles(bin_path, json_path, idx_path, force=force)
     for path in outputs.leftovers():
-        print(f"note: {path} was left by an interrupted run (or one still running): delete it", file=sys.stderr)
+        print(
+            f"note: {path} was left by an interrupted run (or one still running): delete it", file=sys.stderr
+        )
     indexed = _indexed_dataset()
     dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
     started, tokens, eod_inside = time.monotonic(), 0, 0
     bar = Progress("preprocess", corpus.total_bytes, enabled=progress)
     with outputs, _encoder(tokenizer, eod, dtype, workers) as encode:
         builder = indexed.IndexedDatasetBuilder(outputs.partial(bin_path), dtype=dtype)
-        for encoded in encode(_batches(corpus.records())):
-            _add(builder, encoded)
-            tally.good(len(encoded.lengths), encoded.text_bytes)
-            for where, bad in encoded.bad:
-                tally.bad(where, bad)
-            tokens += len(encoded.tokens)
-            eod_inside += encoded.eod_inside
-            bar.update(encoded.position, tally.documents, tally.text_bytes)
-        bar.close()
-        tally.finish()
-        builder.finalize(outputs.partial(idx_path))
+        with closing(builder.data_file), closing(bar):
+            for encoded in encode(_batches(corpus.records())):
+                _add(builder, encoded)
+                tally.good(len(encoded.lengths), encoded.text_bytes)
+                for where, bad in encoded.bad:
+                    tally.bad(where, bad)
+                tokens += len(encoded.tokens)
+                eod_inside += encoded.eod_inside
+                bar.update(encoded.position, tally.documents, tally.text_bytes)
+            tally.finish()
+            builder.finalize(outputs.partial(idx_path))
         provenance = {
             "source": corpus.summary(),
-            "tokenizer": describe(tokenizer),
+            "tokenizer": {
+                "type": tokenizer.type,
+                "model": tokenizer.model,
+                "sha256": tokenizer.sha256(),
+                "vocab_size": tokenizer.vocab_size,
+                "eod": tokenizer.eod,
+            },
             "options": {"append_eod": append_eod, "max_bad": tally.max_bad},
             **tally.as_dict(),
             "tokens": tokens,
@@ -117,26 +131,25 @@ def preprocess(
             json.dump(provenance, file, indent=2, ensure_ascii=False)
             file.write("\n")
         if force:  # Megatron's index of the old documents would be read for the new ones: its key is the path
-            shutil.rmtree(os.path.join(output_prefix, "cache"), ignore_errors=True)
+            for cache in glob.glob(os.path.join(glob.escape(output_prefix), "cache", "*_indices")):
+                shutil.rmtree(cache, ignore_errors=True)
     return provenance
 
 
-def describe(tokenizer: Tokenizer) -> dict:
-    """A tokenizer, for the record."""
-    return {
-        "type": tokenizer.type,
-        "model": tokenizer.model,
-        "sha256": tokenizer.sha256(),
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what shapes the tokens."""
-    names = ("megatron-mtpd", "megatron-core", "sentencepiece", "tokenizers", "transformers")
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return {name: installed[name] for name in names if name in installed}
+def summary(provenance: dict, output_prefix: str) -> str:
+    """What `preprocess` returned, for a person."""
+    p = provenance
+    lines = [
+        report(p),
+        f"{p['documents']:,} documents, {p['tokens']:,} tokens, {p['text_bytes'] / 1e6:.1f} MB of text "
+        f"({p['text_bytes'] / p['tokens']:.2f} bytes a token) in {p['seconds']:.1f} s",
+        f"wrote {output_prefix}.bin, {output_prefix}.idx ({p['dtype']}) and {output_prefix}.json",
+    ]
+    if p["documents_with_eod_inside"]:
+        lines.insert(
+            1, f"warning: {p['documents_with_eod_inside']} documents spell the end-of-document token inside"
+        )
+    return "\n".join(filter(None, lines))
 
 
 def _indexed_dataset() -> Any:
@@ -180,7 +193,9 @@ def _encode(tokenizer: Tokenizer, eod: int | None, dtype: type, records: list[Re
             bad.append((where, BadRecord(EMPTY, "the tokenizer leaves nothing of it")))
             continue
         if max(ids) >= tokenizer.vocab_size:
-            raise ValueError(f"{where}: {tokenizer.model} gave id {max(ids)}, its size is {tokenizer.vocab_size}")
+            raise ValueError(
+                f"{where}: {tokenizer.model} gave id {max(ids)}, its size is {tokenizer.vocab_size}"
+            )
         eod_inside += tokenizer.eod in ids[:-1]
         if eod is not None and ids[-1] != eod:
             ids.append(eod)
@@ -219,7 +234,9 @@ def _encoder(tokenizer: Tokenizer, eod: int | None, dtype: type, workers: int) -
     try:
         yield encode
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died, perhaps for want of memory; try fewer --workers") from error
+        raise ChildProcessError(
+            "a worker process died, perhaps for want of memory; try fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -237,7 +254,7 @@ def _start_worker(tokenizer_type: str, tokenizer_model: str, eod: int | None, dt
 
 
 def _die_with_parent() -> None:
-    """A worker waits for work on a pipe that it holds open itself: it would outlive a killed parent for ever."""
+    """A worker waits on a pipe that it holds open itself: without this it would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -1,7 +1,8 @@
 """Say how far a long read has come: a bar on a terminal, a line now and then in a log.
 
-Contract: `update` takes running totals, so a late or skipped call loses nothing. The share done is that of the bytes on
-disk, which are known beforehand; the rates are those of documents and of the text inside, averaged over the whole run.
+Contract: `update` takes running totals, so a late or skipped call loses nothing. The share done is that of
+the bytes on disk, which are known beforehand; the rates are those of documents and of the text inside,
+averaged over the whole run.
 
 Absent on purpose: more than one bar at a time.
 """
@@ -15,10 +16,16 @@ from tqdm import tqdm
 
 
 class Progress:
-    """label: what is going on; total_bytes: bytes on disk to read; every: seconds between lines where no terminal is."""
+    """label: what is going on; total_bytes: to read, on disk; every: seconds between the lines of a log."""
 
     def __init__(
-        self, label: str, total_bytes: int, *, stream: IO[str] | None = None, every: float = 10.0, enabled: bool = True
+        self,
+        label: str,
+        total_bytes: int,
+        *,
+        stream: IO[str] | None = None,
+        every: float = 10.0,
+        enabled: bool = True,
     ) -> None:
         self._label, self._total, self._every, self._enabled = label, total_bytes, every, enabled
         self._stream = stream or sys.stderr
@@ -36,7 +43,8 @@ class Progress:
         """Totals so far: bytes on disk consumed, documents read, bytes of their text."""
         now = time.monotonic()
         elapsed = max(now - self._start, 1e-9)
-        rates = f"{documents:,} documents, {documents / elapsed:,.0f} documents/s, {text_bytes / elapsed / 1e6:.1f} MB/s"
+        speed = f"{documents / elapsed:,.0f} documents/s, {text_bytes / elapsed / 1e6:.1f} MB/s"
+        rates = f"{documents:,} documents, {speed}"
         if self._bar is not None:
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(position - self._bar.n)

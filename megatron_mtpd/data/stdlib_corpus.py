@@ -1,17 +1,20 @@
 """The text that is on every machine: the sources of Python's own standard library, about 11 MB.
 
-Which files: all `.py` files under the running interpreter's library folder, without installed packages, tests, bundled
-data of the build, and empty files. They come sorted by the SHA-256 of their path inside the library: the same order on
-every machine with this Python, and any part of it (a byte budget, a validation split) is a fair sample of the whole.
+Which files: all `.py` files under the running interpreter's library folder, without installed packages,
+tests, bundled data of the build, and empty files. They come sorted by the SHA-256 of their path inside the
+library: the same order on every machine with this Python, and any part of it (a byte budget, a validation
+split) is a fair sample of the whole.
 
 Absent on purpose: other Python versions' sources; the text differs a little from version to version.
 """
 
 import hashlib
 import os
+import platform
 import sysconfig
 from collections.abc import Iterator
 
+from megatron_mtpd.data.accounting import Tally
 from megatron_mtpd.data.text import Document, TextFiles
 
 _NOT_OURS = {"site-packages", "dist-packages", "__pycache__"}
@@ -19,7 +22,7 @@ _TESTS = {"test", "tests", "idle_test"}
 
 
 def stdlib_files(max_bytes: int | None = None, *, include_tests: bool = False) -> list[str]:
-    """Paths of the sources, in the order above; with `max_bytes`, those that still fit in the budget, one by one."""
+    """Paths of the sources, in the order above; with `max_bytes`, each that still fits the budget."""
     root = sysconfig.get_path("stdlib")
     left_out = _NOT_OURS if include_tests else _NOT_OURS | _TESTS
     names = []
@@ -39,17 +42,20 @@ def stdlib_files(max_bytes: int | None = None, *, include_tests: bool = False) -
             chosen.append(path)
             total += size
     if not chosen:
-        raise ValueError(f"no standard library source under {root} within {max_bytes} bytes; raise the budget")
+        raise ValueError(
+            f"no standard library source under {root} within {max_bytes} bytes; raise the budget"
+        )
     return chosen
 
 
 def stdlib_corpus(max_bytes: int | None = None, *, include_tests: bool = False) -> TextFiles:
     """The sources as input for `preprocess` and `train_tokenizer`, a document a file."""
-    return TextFiles(stdlib_files(max_bytes, include_tests=include_tests), format="text")
+    name = f"standard library of Python {platform.python_version()}"
+    return TextFiles(stdlib_files(max_bytes, include_tests=include_tests), format="text", name=name)
 
 
 def stdlib_documents(max_bytes: int | None = None, *, include_tests: bool = False) -> Iterator[Document]:
-    """The sources as texts. Some of Python's tests are not UTF-8 on purpose: with them, those are left out."""
-    from megatron_mtpd.data.accounting import Tally
-
-    return stdlib_corpus(max_bytes, include_tests=include_tests).documents(Tally("1%" if include_tests else "0"))
+    """The sources as texts. A few of Python's tests are not UTF-8, on purpose: those are left out."""
+    return stdlib_corpus(max_bytes, include_tests=include_tests).documents(
+        Tally("1%" if include_tests else "0")
+    )

@@ -1,9 +1,9 @@
 """Read files as documents: plain text, JSON lines or folders of them, compressed or not.
 
-Two steps, so that the costly one can run in worker processes: `TextFiles.records()` cuts files into records of raw
-bytes, and `parse` makes a record the text of a document or raises `BadRecord` with the reason. The text is exactly what
-the file holds (only a byte order mark at its start is taken off, and the line end that ended the record). The order of
-records is that of the inputs; inside a folder, that of the sorted paths.
+Two steps, so that the costly one can run in worker processes: `TextFiles.records()` cuts files into records
+of raw bytes, and `parse` makes a record the text of a document or raises `BadRecord` with the reason. The
+text is exactly what the file holds (only a byte order mark at its start is taken off, and the line end that
+ended the record). The order of records is that of the inputs; inside a folder, that of the sorted paths.
 
 Absent on purpose: character sets other than UTF-8, cleaning, deduplication, shuffling.
 """
@@ -12,7 +12,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, NamedTuple
 
 from megatron_mtpd.data.accounting import EMPTY, BadRecord, Tally
@@ -20,7 +20,7 @@ from megatron_mtpd.data.compression import check_readable, open_binary, strip_su
 
 SPLITS = ("file", "blank-line", "line")
 FORMATS = ("auto", "text", "jsonl")
-# A tokenizer needs some 50 bytes of memory a character: beyond this a file as one document is surely a mistake.
+# SentencePiece needs some 50 bytes of memory a character: a larger file is hardly meant as one document.
 LARGEST_DOCUMENT = 128 * 2**20
 
 
@@ -50,7 +50,9 @@ def parse(record: Record) -> str:
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord("invalid UTF-8", f"byte {record.raw[error.start]:#04x} at offset {error.start}") from None
+        raise BadRecord(
+            "invalid UTF-8", f"byte {record.raw[error.start]:#04x} at offset {error.start}"
+        ) from None
     if record.json_key is not None and text and not text.isspace():
         text = _text_of_json(text, record.json_key)
     if not text or text.isspace():
@@ -77,14 +79,29 @@ def _text_of_json(line: str, key: str) -> str:
     return text
 
 
+def parsed(records: Iterable[Record], tally: Tally) -> Iterator[tuple[Record, str]]:
+    """Records with their texts; what gives no text goes to `tally` alone."""
+    for record in records:
+        try:
+            text = parse(record)
+        except BadRecord as bad:
+            tally.bad(record.where, bad)
+        else:
+            tally.good(1, len(text.encode()))
+            yield record, text
+
+
 class TextFiles:
     """Files and folders, listed and checked at once, read when asked.
 
-    inputs: paths of files and folders. A folder gives all files under it, sorted, except hidden ones; `suffixes`
-        (".py", ".md") keeps those whose name, without .gz and the like, ends so.
-    format: "jsonl" (a document a line), "text", or "auto": .jsonl and .ndjson are JSON lines, the rest is text.
-    split: what a document is in a text file: the whole "file", a paragraph between "blank-line"s, or a "line".
+    inputs: paths of files and folders. A folder gives all files under it, sorted, except hidden ones;
+        `suffixes` (".py", ".md") keeps those whose name, without .gz and the like, ends so.
+    format: "jsonl" (a document a line), "text", or "auto": .jsonl and .ndjson are JSON lines, the rest is
+        text.
+    split: what a document is in a text file: the whole "file", a paragraph between "blank-line"s, or a
+        "line".
     json_key: where a line of JSON holds its text.
+    name: what `summary` calls the inputs, in place of their paths.
 
     Raises ValueError: a missing, unreadable or doubly listed file, nothing found, an unknown option.
     """
@@ -97,12 +114,13 @@ class TextFiles:
         format: str = "auto",
         split: str = "file",
         json_key: str = "text",
+        name: str | None = None,
     ) -> None:
         _check_choice("--split", split, SPLITS)
         _check_choice("--format", format, FORMATS)
         self.inputs = [os.fspath(path) for path in inputs]
         self.suffixes = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes]
-        self.format, self.split, self.json_key = format, split, json_key
+        self.format, self.split, self.json_key, self.name = format, split, json_key, name
         self.files = [file for path in self.inputs for file in self._list(path)]
         if not self.files:
             raise ValueError("--input: no file given")
@@ -121,23 +139,17 @@ class TextFiles:
             before += size
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
-        """All documents in order; `tally` counts them, and judges the bad records (default: none is accepted)."""
+        """All documents in order; `tally` counts them and judges the bad ones (default: none is accepted)."""
         tally = tally or Tally("0")
-        for record in self.records():
-            try:
-                text = parse(record)
-            except BadRecord as bad:
-                tally.bad(record.where, bad)
-            else:
-                tally.good(1, len(record.raw))
-                yield Document(text, record.where)
+        for record, text in parsed(self.records(), tally):
+            yield Document(text, record.where)
         tally.finish()
 
     def summary(self) -> dict:
         """What was read, for the record; `listing_sha256` covers every path and size."""
         listing = "".join(f"{size}\t{file}\n" for file, size in zip(self.files, self.sizes, strict=True))
         return {
-            "inputs": self.inputs[:20] + (["..."] if len(self.inputs) > 20 else []),
+            "inputs": [self.name] if self.name else [*self.inputs[:20], *["..."][: len(self.inputs) > 20]],
             "files": len(self.files),
             "bytes_on_disk": self.total_bytes,
             "listing_sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
@@ -179,7 +191,9 @@ class TextFiles:
                 raise ValueError(f"--input: {file} is listed twice; name each file or its folder, not both")
             seen.add(os.path.abspath(file))
             if self.format == "auto" and strip_suffix(file).endswith(".json"):
-                raise ValueError(f"{file}: .json can be lines or one text; say --format jsonl or --format text")
+                raise ValueError(
+                    f"{file}: .json can be lines or one text; say --format jsonl or --format text"
+                )
             if self.split == "file" and not self._is_jsonl(file) and size > LARGEST_DOCUMENT:
                 raise ValueError(
                     f"{file}: {size / 1e6:.0f} MB as one document would not fit in memory when tokenized; "

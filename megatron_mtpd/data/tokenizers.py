@@ -1,11 +1,13 @@
 """One small interface over SentencePiece and Hugging Face tokenizers, for bulk encoding.
 
-The contract is agreement with training: for the same `--tokenizer-type` and `--tokenizer-model`, with Megatron's other
-tokenizer flags at their defaults, the ids, the vocabulary size and the end-of-document id are those that
-`megatron.core.tokenizers` gives (a test compares them). Ours encodes lists of texts at once, in one thread, and starts
-without torch and Megatron, which worker processes would otherwise each spend seconds on.
+The contract is agreement with training: for the same `--tokenizer-type` and `--tokenizer-model`, with
+Megatron's other tokenizer flags at their defaults, the ids, the vocabulary size and the end-of-document id
+are those that `megatron.core.tokenizers` gives (a test compares them). Ours encodes lists of texts at once,
+in one thread, and starts without torch and Megatron, which worker processes would otherwise each spend
+seconds on.
 
-Absent on purpose: Megatron's other tokenizer types, its legacy SentencePiece mode, chat templates, added tokens.
+Absent on purpose: Megatron's other tokenizer types, its legacy SentencePiece mode, chat templates, added
+tokens.
 """
 
 import difflib
@@ -67,7 +69,8 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A folder with a tokenizer, or its name on the Hub; special tokens of its template are added, as Megatron does.
+    """A folder with a tokenizer, or its name on the Hub; special tokens of its template are added, as
+    Megatron does.
 
     A special token that is spelled out in a text becomes that token: `preprocess` counts the texts with an
     end-of-document token inside.
@@ -84,13 +87,17 @@ class HuggingFaceTokenizer:
             ) from error
         if os.path.isfile(model) or (not os.path.isdir(model) and model.count("/") > 1):
             raise ValueError(
-                f"--tokenizer-model {model}: no such folder; give the folder that holds tokenizer.json, or a Hub name"
+                f"--tokenizer-model {model}: no such folder; "
+                "give the folder that holds tokenizer.json, or a name on the Hub"
             )
         self.model = model
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         except Exception as error:  # whatever is wrong with the files, transformers has many words for it
-            raise ValueError(f"--tokenizer-model {model}: transformers cannot load it: {error}") from error
+            what = "" if os.path.isdir(model) else "no such folder, and as a name on the Hub "
+            raise ValueError(
+                f"--tokenizer-model {model}: {what}transformers cannot load it: {error}"
+            ) from error
         self.vocab_size = len(self._tokenizer)
         eos = self._tokenizer.eos_token_id
         self.eod = eos if eos is not None else self._tokenizer.sep_token_id

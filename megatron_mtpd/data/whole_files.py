@@ -1,12 +1,12 @@
 """Files that appear together, whole, or not at all.
 
-Inside the `with` block each target is written under another name beside it. At the end of the block all of them are
-flushed to disk and renamed, in the order given: name the file that makes the others readable last. If the block raises,
-they are deleted; if the process is killed, they stay under their other names, which nothing reads. The names hold host
-and process, so two runs that write the same target cannot mix their bytes.
+Inside the `with` block each target is written under another name beside it. At the end of the block all of
+them are flushed to disk and renamed, in the order given: name the file that makes the others readable last.
+If the block raises, they are deleted; if the process is killed, they stay under their other names, which
+nothing reads. The names hold host and process, so two runs that write the same target cannot mix their bytes.
 
-Existing targets are refused, unless `force`: then they are deleted, last one first, right before the renaming, so that
-no mixture of old and new is ever readable.
+Existing targets are refused, unless `force`: then they are deleted, last one first, right before the
+renaming, so that no mixture of old and new is ever readable.
 """
 
 import glob
@@ -21,6 +21,8 @@ class WholeFiles:
 
     def __init__(self, *targets: str, force: bool = False) -> None:
         self.targets, self._force = targets, force
+        if os.path.basename(targets[0]).startswith("."):
+            raise ValueError(f"--output-prefix {os.path.dirname(targets[0])}/: give a name after the folder")
         self._mark = f".partial-{socket.gethostname()}-{os.getpid()}"
         self._refuse_existing()
         os.makedirs(os.path.dirname(os.path.abspath(targets[0])), exist_ok=True)
@@ -63,7 +65,9 @@ class WholeFiles:
     def _refuse_existing(self) -> None:
         existing = [target for target in self.targets if os.path.exists(target)]
         if existing and not self._force:
-            raise ValueError(f"{', '.join(existing)} exists; choose another --output-prefix, or --force to replace it")
+            raise ValueError(
+                f"{', '.join(existing)} exists; choose another --output-prefix, or --force to replace it"
+            )
 
 
 def _flush_to_disk(path: str) -> None:

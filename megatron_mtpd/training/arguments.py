@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from megatron_mtpd import platform
 from megatron_mtpd.config import SHARES, MTPDConfig, flag
 
 
@@ -48,7 +49,7 @@ def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         log_throughput=True,
         log_timers_to_tensorboard=True,
     )
-    return parser
+    return platform.set_default_flags(parser)
 
 
 def mtpd_config_from_args(args: argparse.Namespace) -> MTPDConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,18 +34,30 @@ from megatron_mtpd.training.layer_pattern import expand_layer_flags  # noqa: E40
 from megatron_mtpd.training.metrics import MetricsWriter  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Pretrain as the command line asks (default: sys.argv). Every rank calls it.
+def parse(argv: Sequence[str]) -> Namespace:
+    """Megatron's arguments from our command line, checked; sets Megatron's global state.
 
-    Raises ValueError for flags that cannot work, before anything is built.
+    Raises ValueError for flags that cannot work here, before anything is built.
     """
-    sys.argv[1:] = expand_layer_flags(sys.argv[1:] if argv is None else argv)
-    args = parse_and_validate_args(extra_args_provider=add_mtpd_arguments)
+    sys.argv[1:] = expand_layer_flags(argv)
+    platform.check_flags(sys.argv[1:])
+    return parse_and_validate_args(extra_args_provider=add_mtpd_arguments)
+
+
+def model_config_from_args(args: Namespace) -> MTPDModelConfig:
+    """The model that the arguments describe. Raises ValueError for a combination that cannot work."""
     mtpd = mtpd_config_from_args(args)
     model_config = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
     model_config.mtpd = mtpd
     model_config.eod_token_id = get_tokenizer().eod
-    _report_to(args, mtpd)
+    return model_config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pretrain as the command line asks (default: sys.argv). Every rank calls it."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    model_config = model_config_from_args(args)
+    _report_to(args, model_config.mtpd)
     # Started without torchrun there is one process, and no address to meet at.
     store = torch.distributed.HashStore() if args.world_size == 1 else None
     pretrain(
@@ -58,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _report_to(args, mtpd: MTPDConfig) -> None:
+def _report_to(args: Namespace, mtpd: MTPDConfig) -> None:
     """Put our writer in the place of Megatron's, on the rank that has one."""
     writer = get_tensorboard_writer()
     jsonl = args.metrics_jsonl

@@ -134,7 +134,7 @@ def test_an_explicit_choice_is_taken(bare: dict[str, str], tmp_path: Path) -> No
 
 
 class Checkout:
-    """A checkout with the real scripts, in which a stand-in for Python only notes what pip was asked to do."""
+    """A checkout with the real scripts, in which a stand-in for Python notes what pip was asked to do."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / "checkout"
@@ -254,7 +254,8 @@ def test_env_that_was_moved_is_made_anew(checkout: Checkout) -> None:
 
 def test_env_of_another_python_is_made_anew_on_request_only(checkout: Checkout) -> None:
     checkout.make_env()
-    other = program(checkout.bin / "other", f"echo usable 3.13 {checkout.bin}/stand-in")
+    newer = shutil.copy(checkout.bin / "stand-in", checkout.bin / "newer-stand-in")
+    other = program(checkout.bin / "other", f"echo usable 3.13 {newer}")
     assert "another Python" in checkout.make_env(PYTHON=str(other)).stdout
     assert checkout.make_env(PYTHON=str(checkout.python)).stdout == "", "the one that it is of"
 
