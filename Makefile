@@ -1,7 +1,8 @@
 # Commands for people; each says what it does. `make` alone lists them.
 
 PYTHON_BIN := .venv/bin/python
-export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1  # no look-up of newer versions: constraints.txt decides
+# No look-up of newer versions: constraints.txt decides.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart test lint format typecheck clean

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Objective = Literal["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
+Trained = Literal["all", "heads", "new-heads"]
 LossImplementation = Literal["eager"]
 
 
@@ -71,6 +72,13 @@ class MTPDConfig:
     kd_output_share: float = 1.0
     """Share of the distillation's gradient that reaches the output layer."""
 
+    train: Trained = "all"
+    """What is trained: all; heads: the trunk, embedding and output layer are frozen; new-heads: the first --mtpd-old-heads
+    heads are frozen too, as after looped extension."""
+
+    old_heads: int = 0
+    """Number of heads, from the first, that --mtpd-train new-heads keeps as they are."""
+
     clip_apart: bool = True
     """Clip the heads' gradients by their own norm and the trunk's by its own (--clip-grad for each), so that the number
     of heads does not change the main model's steps."""
@@ -88,6 +96,10 @@ class MTPDConfig:
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             self._refuse("objective", f"choose one of {', '.join(get_args(Objective))}")
+        if self.train not in get_args(Trained):
+            self._refuse("train", f"choose one of {', '.join(get_args(Trained))}")
+        if self.old_heads < 0 or (self.old_heads > 0) != (self.train == "new-heads"):
+            self._refuse("old_heads", "give --mtpd-train new-heads the number of heads that are already trained, at least 1")
         if self.top_n < 1:
             self._refuse("top_n", "give a number of tokens of at least 1")
         if not (math.isfinite(self.temperature) and self.temperature > 0):

@@ -1,12 +1,12 @@
-"""What running without CUDA, or without Transformer Engine, takes; the only file of the package that patches anything.
+"""What running without CUDA, or without Transformer Engine, takes; the only file that patches anything.
 
-Contract: every entry point calls `setup()` first, before it imports `megatron`. Where CUDA is available it touches nothing
-but what the published wheel lacks; where it is not, it makes PyTorch answer Megatron's calls for a GPU with the CPU, on
-which the same training loop then runs with gloo. Each patch is a row of a table that says what it replaces, what it
-expects to find there and why; when an installed megatron-core no longer matches, `setup()` says so instead of patching.
+Contract: every entry point calls `setup()` first, before it imports `megatron`. Where CUDA is available it touches
+almost nothing; where it is not, PyTorch answers Megatron's calls for a GPU with the CPU, on which the same training
+loop then runs with gloo. Each patch is a row of a table that says what it replaces, what it expects to find there and
+why; when the installed torch or megatron-core no longer matches, `setup()` says so and patches nothing.
 
-Deliberately absent: anything about models (see `specs`), and any promise of speed on a CPU. Not possible without CUDA:
-context parallelism, FP8, CUDA graphs and Megatron's own inference engine.
+Deliberately absent: anything about models (see `specs`), and any promise of speed on a CPU. Not possible without a
+GPU: context parallelism, FP8, CUDA graphs, Megatron's own inference engine; `check_flags` refuses what asks for them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from typing import Any
 
 import psutil
 import torch
+from torch.optim.adam import adam
 
 WRITTEN_FOR = "0.19.2"
 """Version of megatron-core that the patches were written for and tested with."""
 
 _CPU = torch.device("cpu")
-_HYBRID = "megatron.core.models.hybrid.hybrid_block"
 
 
 @dataclass(frozen=True)
 class Patch:
     """One replaced attribute.
 
-    `make(original)` returns the replacement. `parameters` are the names that the original has to accept: those that the
-    replacement, or the code that calls it, counts on; None where the original is not a Python function.
+    `make(original)` returns the replacement. `parameters` names what the original has to accept, because the
+    replacement or its callers count on it; None where the original is not a Python function.
     """
 
     owner: str
@@ -51,7 +51,7 @@ class Patch:
     parameters: tuple[str, ...] | None = None
 
     def resolve(self) -> tuple[Any, Any]:
-        """Import the owner, check what is expected of it, and return it with the original. Raises RuntimeError."""
+        """Import the owner and return it with the original. Raises RuntimeError when either is not as expected."""
         module, _, member = self.owner.partition(":")
         try:
             owner = importlib.import_module(module)
@@ -80,7 +80,7 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-# --- torch without CUDA ----------------------------------------------------------------------------------------------
+# --- torch without CUDA --------------------------------------------------------------------------------------
 
 
 class _Stream:
@@ -108,6 +108,10 @@ def _stream_context(stream: Any):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _itself(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
 
 
 def _returns(value: Any) -> Callable[[Any], Any]:
@@ -143,10 +147,16 @@ def _named_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
-    """Of the process instead of the GPU's allocator, in bytes."""
+    """Bytes that the process holds, in the place of what the GPU's allocator holds."""
     now, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    stats = {f"{kind}_bytes.all.{when}": size for kind in ("allocated", "reserved") for when, size in (("current", now), ("peak", peak))}
-    return stats | {"allocation.all.current": 0}
+    stats = {"allocation.all.current": 0}
+    for kind in ("allocated_bytes", "reserved_bytes"):
+        stats |= {f"{kind}.all.current": now, f"{kind}.all.peak": peak}
+    return stats
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
 
 
 def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
@@ -154,27 +164,30 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool
 
 
 _TORCH_WITHOUT_CUDA = (
-    Patch("torch.cuda", "current_device", _returns(_CPU), "tensors are made on the current device", ()),
-    Patch("torch.cuda", "device_count", _returns(1), "model-parallel groups are only made where a device is", ()),
+    Patch("torch.cuda", "current_device", _returns(_CPU), "most tensors are made on it", ()),
+    Patch("torch.cuda", "device_count", _returns(1), "process groups are made only where a device is", ()),
     Patch("torch.cuda", "set_device", _replace(_nothing), "there is one device", ("device",)),
-    Patch("torch.cuda", "synchronize", _replace(_nothing), "timers and checkpoints wait for the device", ("device",)),
+    Patch("torch.cuda", "synchronize", _replace(_nothing), "timers and checkpoints wait", ("device",)),
     Patch("torch.cuda", "Stream", _replace(_Stream), "gradients and transfers have streams"),
-    Patch("torch.cuda", "current_stream", _returns(_Stream()), "streams wait for the current one", ("device",)),
+    Patch("torch.cuda", "current_stream", _returns(_Stream()), "streams wait for it", ("device",)),
     Patch("torch.cuda", "stream", _replace(_stream_context), "work is queued on a stream", ("stream",)),
     Patch("torch.cuda", "Event", _replace(_Stream), "streams wait for events"),
-    Patch("torch.cuda", "memory_stats", _replace(_memory_stats), "memory is reported", ("device",)),
-    Patch("torch.cuda.memory", "memory_stats", _replace(_memory_stats), "memory is reported", ("device",)),
-    Patch("torch.cuda", "get_rng_state", lambda _: lambda device=None: torch.get_rng_state(), "rng state", ("device",)),
-    Patch("torch.cuda.random", "get_rng_state", lambda _: lambda device=None: torch.get_rng_state(), "rng state", ()),
-    Patch("torch.cuda", "set_rng_state", _replace(_set_rng_state), "checkpoints restore it", ("new_state", "device")),
-    Patch("torch.cuda", "manual_seed", _replace(torch.default_generator.manual_seed), "rng state", ("seed",)),
-    Patch("torch:Tensor", "cuda", lambda _: lambda self, *args, **kwargs: self, "batches move to the device"),
-    Patch("torch.nn:Module", "cuda", lambda _: lambda self, device=None: self, "models move to the device", ("device",)),
+    Patch("torch.cuda", "memory_stats", _replace(_memory_stats), "TensorBoard shows it", ("device",)),
+    Patch("torch.cuda.memory", "memory_stats", _replace(_memory_stats), "the log shows it", ("device",)),
+    Patch("torch.cuda", "get_rng_state", _replace(_get_rng_state), "checkpoints keep it", ("device",)),
+    Patch("torch.cuda.random", "get_rng_state", _replace(_get_rng_state), "dropout forks it", ("device",)),
+    Patch("torch.cuda", "set_rng_state", _replace(_set_rng_state), "checkpoints restore it", ("new_state",)),
+    Patch("torch.cuda", "manual_seed", _replace(torch.default_generator.manual_seed), "seeds", ("seed",)),
+    Patch("torch:Tensor", "cuda", _replace(_itself), "batches move to the device"),
+    Patch("torch.nn:Module", "cuda", _replace(_itself), "models move to the device", ("device",)),
     Patch("torch:Tensor", "type", _named_as_cuda, "optimizers compare type names"),
-    *(Patch("torch", name, _on_cpu, "made on cuda by name") for name in ("tensor", "zeros", "ones", "empty", "empty_like")),
+    *(
+        Patch("torch", factory, _on_cpu, "tensors are made on the device named cuda")
+        for factory in ("tensor", "zeros", "ones", "empty", "empty_like")
+    ),
 )
 
-# --- Megatron without CUDA -------------------------------------------------------------------------------------------
+# --- Megatron without CUDA, without Transformer Engine -------------------------------------------------------
 
 
 def _without_cuda(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,6 +236,66 @@ _MEGATRON_WITHOUT_CUDA = (
     ),
 )
 
+
+class Adam(torch.optim.Optimizer):
+    """torch's Adam with the state of the fused Adams of Transformer Engine and apex: one step count a group.
+
+    Megatron's distributed optimizer saves torch's own Adam, but cannot load it. With this one the checkpoints of
+    all machines are alike. `adam_w_mode` decouples the weight decay; `capturable` has no meaning here.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._decoupled = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            states = [self.state[p] for p in parameters]
+            for parameter, state in zip(parameters, states, strict=True):
+                for moment in {"exp_avg", "exp_avg_sq"} - state.keys():
+                    state[moment] = torch.zeros_like(parameter)
+            taken = float(group.get("step", 0))
+            adam(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(taken, device=p.device) for p in parameters],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=self._decoupled,
+            )
+            group["step"] = int(taken) + 1
+
+
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_WITHOUT_FUSED_ADAM = (
+    Patch("megatron.core.optimizer", "Adam", _replace(Adam), "its checkpoints can be loaded"),
+    Patch("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", _replace(False), "Adam is like the fused"),
+    Patch(_DISTRIBUTED, "Adam", _replace(Adam), "Adam is like the fused"),
+    Patch(_DISTRIBUTED, "HAVE_APEX_OR_TE", _replace(True), "Adam is like the fused"),
+    Patch(_DISTRIBUTED, "USING_APEX_OPTIMIZER", _replace(True), "Adam is like apex's"),
+)
+
 _EVERYWHERE = (
     Patch(
         "megatron.core.datasets.utils",
@@ -241,9 +314,11 @@ _EVERYWHERE = (
 
 
 def patches() -> tuple[Patch, ...]:
-    """The patches that this machine needs; without those on `torch` and on the GPU's part of Megatron where CUDA is."""
-    cuda = torch.cuda.is_available()
-    return (() if cuda else _TORCH_WITHOUT_CUDA + _MEGATRON_WITHOUT_CUDA) + _EVERYWHERE
+    """The patches that this machine needs."""
+    needed = () if torch.cuda.is_available() else _TORCH_WITHOUT_CUDA + _MEGATRON_WITHOUT_CUDA
+    if not (uses_transformer_engine() or importlib.util.find_spec("amp_C")):
+        needed += _WITHOUT_FUSED_ADAM
+    return needed + _EVERYWHERE
 
 
 _done = False
@@ -252,40 +327,43 @@ _done = False
 def setup() -> None:
     """Make Megatron run on this machine. Call it first, before `megatron` is imported; further calls do nothing.
 
-    Raises RuntimeError, naming the patch and the versions, when the installed torch or megatron-core is not as expected;
-    nothing of the kind that failed is patched then.
+    Raises RuntimeError, naming the patch and the versions, when the installed torch or megatron-core is not as
+    expected; nothing is patched then.
     """
     global _done
     if _done:
         return
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling elementwise functions costs the first step 24 s
+        os.environ.setdefault(
+            "TORCHDYNAMO_DISABLE", "1"
+        )  # compiling small functions takes the first step 24 s
         logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_not_one_generator)
-    for patch in patches():
-        owner, original = patch.resolve()
+    resolved = [(patch, *patch.resolve()) for patch in patches()]
+    for patch, owner, original in resolved:
         setattr(owner, patch.attribute, patch.make(original))
     _done = True
 
 
 def _not_one_generator(record: logging.LogRecord) -> bool:
-    """Drop Megatron's warning that the CPU's generator moved while the GPU's was in use: here they are the same one."""
+    """Drop the warning that the CPU's generator moved while the GPU's was in use: here they are one."""
     return "CPU RNG state changed" not in record.getMessage()
 
 
 def replace_norm(norm: Callable[..., Any]) -> None:
-    """Let Megatron's hybrid stack end in `norm(config=, hidden_size=, eps=)`; its spec has no place for that norm."""
-    owner, _ = Patch(_HYBRID, "TENorm", _replace(norm), "the last norm of a stack is not in its spec").resolve()
+    """Let Megatron's hybrid stack end in `norm(config=, hidden_size=, eps=)`: a norm that is not in its spec."""
+    hybrid_block = "megatron.core.models.hybrid.hybrid_block"
+    owner, _ = Patch(hybrid_block, "TENorm", _replace(norm), "the last norm of a stack").resolve()
     owner.TENorm = norm
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------
+# --- flags ---------------------------------------------------------------------------------------------------
 
 
 def set_default_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Give Megatron's parser the defaults that this machine needs; what the user writes still wins. Returns the parser.
+    """Give Megatron's parser the defaults that this machine needs, and return it; the user's flags still win.
 
-    On a GPU with Transformer Engine only `--no-gradient-accumulation-fusion` can be among them: the output layer is a
-    local module, for which that fusion takes NVIDIA's apex.
+    On a GPU with Transformer Engine only `--no-gradient-accumulation-fusion` can be among them: the output layer
+    is a local module, for which that fusion takes NVIDIA's apex.
     """
     defaults: dict[str, Any] = {}
     if not torch.cuda.is_available():
@@ -330,13 +408,13 @@ _NEED_TRANSFORMER_ENGINE = (
 def check_flags(arguments: Sequence[str]) -> None:
     """Refuse the command-line arguments that this machine cannot honour.
 
-    Raises ValueError with the flag, its value and the remedy. Megatron itself would fail later and less clearly, or
-    ignore the flag.
+    Raises ValueError with the flag, its value and the remedy. Megatron itself would fail later and less
+    clearly, or ignore the flag.
     """
     if not uses_transformer_engine():
-        _refuse(arguments, _NEED_TRANSFORMER_ENGINE, "Transformer Engine on a GPU; install the extra megatron_mtpd[te] there")
+        _refuse(arguments, _NEED_TRANSFORMER_ENGINE, "a GPU and Transformer Engine (extra megatron-mtpd[te])")
     if not torch.cuda.is_available():
-        _refuse(arguments, _NEED_CUDA, "a GPU")
+        _refuse(arguments, _NEED_CUDA, "a GPU that torch can use")
 
 
 def _refuse(arguments: Sequence[str], needs: Sequence[_Needs], needed: str) -> None:
@@ -348,7 +426,7 @@ def _refuse(arguments: Sequence[str], needs: Sequence[_Needs], needed: str) -> N
         value = getattr(given, need.flag, None)
         if value is not None and need.refused(value):
             shown = "" if value is True else f" {' '.join(value) if isinstance(value, list) else value}"
-            raise ValueError(f"{need.flag}{shown} needs {needed}, or leave the flag out.")
+            raise ValueError(f"{need.flag}{shown} needs {needed}: install it, or leave the flag out.")
 
 
 # --- what Megatron's training loop has no hook for --------------------------------------------------------------------

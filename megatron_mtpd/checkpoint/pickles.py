@@ -1,13 +1,15 @@
 """Read and rewrite pickles without running them: no name that a pickle mentions is ever imported or called.
 
-The metadata of a `torch_dist` checkpoint is a pickle, and so are the arguments inside it. Here every class, function or
-constant that a pickle names becomes an `Inert` stand-in of that name, which only remembers how it was made; `dumps` writes
-the same names back. That makes reading safe, fast (importing torch alone takes longer than most commands here) and
-independent of the versions of torch and Megatron, whose classes need not exist on this machine.
+The metadata of a `torch_dist` checkpoint is a pickle, and so are the arguments inside it. Here every class,
+function or constant that a pickle names becomes an `Inert` stand-in of that name, which only remembers how it
+was made; `dumps` writes the same names back. That makes reading safe, fast (importing torch alone takes
+longer than most commands here) and independent of the versions of torch and Megatron, whose classes need not
+exist on this machine.
 
-Contract: `loads` refuses names outside the packages it is given, so that what it reads can be passed on; containers,
-numbers and strings become themselves; `loads(dumps(x))` has the structure of `x`, and the real `pickle` builds from
-`dumps(loads(b))` what it builds from `b`. Tensor storages stay outside, as the persistent ids that `torch.save` writes.
+Contract: `loads` refuses names that its caller does not expect, so that what it reads can be passed on;
+containers, numbers and strings become themselves; `loads(dumps(x))` has the structure of `x`, and the real
+`pickle` builds from `dumps(loads(b))` what it builds from `b`. Tensor storages stay outside, as the
+persistent ids that `torch.save` writes.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Inert:
     def __reduce__(self) -> Any:
         if self.called:
             return type(self), self.arguments, self._state
-        return copyreg.__newobj__, (type(self), *self.arguments), self._state
+        return copyreg.__newobj__, (type(self), *self.arguments), self._state  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"<{'.'.join(self.global_name)} {self.arguments or ''}{self.__dict__ or ''}>"
@@ -73,7 +75,7 @@ class Storage:
 
 
 def inert_class(module: str, name: str) -> type[Inert]:
-    """The stand-in class of that name; a new one each time, so build a table where many instances share it."""
+    """The stand-in class of that name. A new one each time: keep it where many instances share it."""
     return type(name, (Inert,), {"__slots__": (), "global_name": (module, name)})
 
 
@@ -82,14 +84,14 @@ def name_of(value: Any) -> str | None:
     return ".".join(value.global_name) if isinstance(value, type) and issubclass(value, Inert) else None
 
 
-def loads(data: bytes, packages: Iterable[str] = (), names: Iterable[str] = ()) -> Any:
+def loads(data: bytes, accept: Iterable[str] = ()) -> Any:
     """The value of a pickle, with stand-ins for whatever it names.
 
-    `packages` are the top-level packages whose names are accepted, `names` are accepted beside them, each in full
-    (`torch.Size`). Raises pickle.UnpicklingError for any other name, and for damaged bytes.
+    `accept` holds full names (`torch.Size`), and packages or modules whose names are all accepted (`numpy`).
+    Raises pickle.UnpicklingError for any other name, and for damaged bytes.
     """
     try:
-        return _Unpickler(io.BytesIO(data), frozenset(packages), frozenset(names)).load()
+        return _Unpickler(io.BytesIO(data), tuple(accept)).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in the machine that runs them
@@ -97,17 +99,18 @@ def loads(data: bytes, packages: Iterable[str] = (), names: Iterable[str] = ()) 
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, packages: frozenset[str], names: frozenset[str]) -> None:
+    def __init__(self, file: io.BytesIO, accept: tuple[str, ...]) -> None:
         super().__init__(file)
-        self._packages, self._names = packages, names
+        self._accept = accept
         self._classes: dict[tuple[str, str], type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         container = _CONTAINERS.get((module, name))
         if container is not None:
             return container
-        if module.split(".")[0] not in self._packages and f"{module}.{name}" not in self._names:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        full = f"{module}.{name}"
+        if not any(full == accepted or full.startswith(accepted + ".") for accepted in self._accept):
+            raise pickle.UnpicklingError(f"it names {full}, which has no business there")
         if (module, name) not in self._classes:
             self._classes[module, name] = inert_class(module, name)
         return self._classes[module, name]
@@ -129,7 +132,9 @@ def dumps(value: Any) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a mark wherever a stand-in class is needed: the C pickler would insist on importing what it names."""
+    """Writes a mark wherever a stand-in class is needed: the C pickler would insist on importing what it
+    names.
+    """
 
     def __init__(self, file: io.BytesIO, base: int) -> None:
         super().__init__(file, protocol=PROTOCOL)
@@ -154,7 +159,9 @@ class _Pickler(pickle.Pickler):
 
 
 def _name_globals(data: bytes, pickler: _Pickler, memo_size: int) -> bytes:
-    """Replace the first mark of each name by the name, kept in the memo, and all others by a look at the memo."""
+    """Replace the first mark of each name by the name, kept in the memo, and all others by a look at the
+    memo.
+    """
     for (module, name), number in pickler.names.items():
         index = struct.pack("<I", memo_size + number)
         written = pickle.GLOBAL + f"{module}\n{name}\n".encode() + pickle.LONG_BINPUT + index

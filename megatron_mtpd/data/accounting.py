@@ -59,7 +59,8 @@ class Tally:
 
     def bad(self, where: str, bad: BadRecord) -> None:
         if len(self.examples[bad.reason]) < EXAMPLES:
-            self.examples[bad.reason].append(f"{where}: {bad.detail}" if bad.detail else where)
+            place = f"{where}: {bad.detail}" if bad.detail else where
+            self.examples[bad.reason].append(place.encode(errors="backslashreplace").decode())
         if bad.reason == EMPTY:
             self.empty += 1
         else:

@@ -89,9 +89,7 @@ def preprocess(
     bin_path, json_path, idx_path = (f"{output_prefix}.{kind}" for kind in ("bin", "json", "idx"))
     outputs = WholeFiles(bin_path, json_path, idx_path, force=force)
     for path in outputs.leftovers():
-        print(
-            f"note: {path} was left by an interrupted run (or one still running): delete it", file=sys.stderr
-        )
+        print(f"note: {path} is of an interrupted run, or of one still running; delete it", file=sys.stderr)
     indexed = _indexed_dataset()
     dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
     started, tokens, eod_inside = time.monotonic(), 0, 0
@@ -128,7 +126,7 @@ def preprocess(
             "versions": versions(),
         }
         with open(outputs.partial(json_path), "w", encoding="utf-8") as file:
-            json.dump(provenance, file, indent=2, ensure_ascii=False)
+            json.dump(provenance, file, indent=2)
             file.write("\n")
         if force:  # Megatron's index of the old documents would be read for the new ones: its key is the path
             for cache in glob.glob(os.path.join(glob.escape(output_prefix), "cache", "*_indices")):

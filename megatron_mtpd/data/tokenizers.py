@@ -125,7 +125,7 @@ TOKENIZER_TYPES: dict[str, type] = {t.type: t for t in (SentencePieceTokenizer, 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:
     """Load a tokenizer by Megatron's names. Raises ValueError: unknown type, missing or damaged model."""
     if tokenizer_type not in TOKENIZER_TYPES:
-        close = difflib.get_close_matches(tokenizer_type, TOKENIZER_TYPES, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(tokenizer_type, TOKENIZER_TYPES, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"choose {' or '.join(TOKENIZER_TYPES)}"
         raise ValueError(f"--tokenizer-type {tokenizer_type}: unknown; {hint}")
     return TOKENIZER_TYPES[tokenizer_type](tokenizer_model)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_mtpd import platform
@@ -32,6 +34,7 @@ from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_fro
 from megatron_mtpd.training.forward_step import forward_step  # noqa: E402
 from megatron_mtpd.training.layer_pattern import expand_layer_flags  # noqa: E402
 from megatron_mtpd.training.metrics import MetricsWriter  # noqa: E402
+from megatron_mtpd.training.trainable import freeze  # noqa: E402
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -49,14 +52,18 @@ def model_config_from_args(args: Namespace) -> MTPDModelConfig:
     mtpd = mtpd_config_from_args(args)
     model_config = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
     model_config.mtpd = mtpd
+    model_config.pre_wrap_hooks.append(partial(freeze, config=mtpd))
     model_config.eod_token_id = get_tokenizer().eod
     return model_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pretrain as the command line asks (default: sys.argv). Every rank calls it."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    model_config = model_config_from_args(args)
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        model_config = model_config_from_args(args)
+    except ValueError as error:  # the user's to mend: one line, once, and no traceback of every rank
+        sys.exit(f"pretrain_mtpd.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 2)
     _report_to(args, model_config.mtpd)
     # Started without torchrun there is one process, and no address to meet at.
     store = torch.distributed.HashStore() if args.world_size == 1 else None

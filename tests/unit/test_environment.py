@@ -82,9 +82,10 @@ def test_a_pyenv_that_lies_elsewhere_is_asked_where(bare: dict[str, str], tmp_pa
     assert find_python(bare, bin_).stdout == "/stand-in/3.12\n"
 
 
-def test_uv_is_asked_last_and_kept_from_downloading(bare: dict[str, str], tmp_path: Path) -> None:
+def test_uv_is_asked_for_what_it_holds_only(bare: dict[str, str], tmp_path: Path) -> None:
     stored = program(tmp_path / "uv-store" / "python", claims("3.13"))
-    answer = f'case "$UV_PYTHON_DOWNLOADS $*" in "never python find "*3.13) echo "{stored}" ;; esac'
+    asked = "$UV_PYTHON_PREFERENCE $UV_PYTHON_DOWNLOADS $*"
+    answer = f'[ "{asked}" != "only-managed never python find --system 3.13" ] || echo "{stored}"'
     bin_ = program(tmp_path / "bin" / "uv", answer).parent
     assert find_python(bare, bin_).stdout == "/stand-in/3.13\n"
 
@@ -102,7 +103,7 @@ def test_where_there_is_none_it_says_what_it_saw_and_what_to_do(bare: dict[str, 
     program(bin_ / "python3.13", FREE_THREADED)
     result = find_python(bare, bin_)
     assert (result.returncode, result.stdout) == (1, "")
-    assert f"{bin_}/python3: it is cpython 3.11.7" in result.stderr
+    assert f"{bin_}/python3: it is Python 3.11.7" in result.stderr
     assert f"{bin_}/python3.12: it lacks the ensurepip module" in result.stderr
     assert f"{bin_}/python3.13: it is a free-threaded build" in result.stderr
     for advice in ("uv python install 3.12", "pyenv install 3.12", "apt-get install", "PYTHON=/path/to"):
@@ -115,7 +116,7 @@ def test_an_empty_machine_gets_the_advice_too(bare: dict[str, str]) -> None:
     assert "nothing named python3" in result.stderr
 
 
-@pytest.mark.parametrize(("body", "reason"), [(OLD, "it is cpython 3.11.7"), (SHIM, "command not found")])
+@pytest.mark.parametrize(("body", "reason"), [(OLD, "it is Python 3.11.7"), (SHIM, "command not found")])
 def test_an_explicit_choice_is_never_passed_over(
     bare: dict[str, str], tmp_path: Path, body: str, reason: str
 ) -> None:

@@ -34,6 +34,12 @@ def requirements(*extras: str) -> list[Requirement]:
     return found
 
 
+def code_of(page: Path) -> list[str]:
+    """The fenced blocks, indented blocks and `inline` code of a Markdown page."""
+    text = page.read_text()
+    return re.findall(r"^```.*?^```|^ {4}.*?$|`[^`\n]+`", text, re.MULTILINE | re.DOTALL)
+
+
 def test_version_has_one_source() -> None:
     assert importlib.metadata.version("megatron-mtpd") == megatron_mtpd.__version__
     assert "version" not in PROJECT
@@ -83,6 +89,13 @@ def test_makefile_has_the_target_and_lists_it(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
     listed = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert re.search(rf"^make {target} +\w", listed, re.MULTILINE)
+
+
+def test_every_make_command_of_the_readme_exists() -> None:
+    commands = set(re.findall(r"\bmake ([a-z][a-z-]*)\b", "\n".join(code_of(ROOT / "README.md"))))
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"quickstart", "test"} <= commands
+    assert commands <= targets
 
 
 def test_only_the_package_is_installed() -> None:

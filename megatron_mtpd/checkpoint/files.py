@@ -1,0 +1,150 @@
+"""Files and directories that appear whole or not at all.
+
+`written_whole` puts a file in its place only when all of it is on disk; `assembled` does the same for a
+directory. `placed` gives a directory a file of another one, by hard link where the file system can, by
+copying where not.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+BLOCK = 16 << 20
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that replaces `path` when the block ends, and leaves it alone when the block
+    raises.
+
+    Killed at any moment, `path` is what it was or what it was to become; a temporary file may stay beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def assembled(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A new directory to fill, beside `path`, that becomes `path` when the block ends and vanishes when it
+    raises.
+
+    Raises ValueError, before the block and again after it, where `path` exists and is not empty, unless
+    `replace`. Killed at any moment it leaves `path` as it was, or whole, or (while one is replaced by
+    another) absent.
+    """
+    _refuse(path, replace)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for directory in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+            sync(directory)
+        _refuse(path, replace)
+        replaced = path.with_name(f".{path.name}.{secrets.token_hex(4)}.replaced")
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse(path: Path, replace: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file. Name a directory that does not exist yet.")
+    if path.is_dir() and any(path.iterdir()) and not replace:
+        raise ValueError(
+            f"{path} exists and is not empty. Name another directory, or replace it with --force."
+        )
+
+
+def sync(path: Path) -> None:
+    """Have a file's contents, or a directory's names, on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def placed(source: Path, target: Path, progress: Callable[[int], object], copy: bool = False) -> bool:
+    """Make `target` a hard link to `source`, or a copy of it where links are not possible or not wanted.
+
+    `progress` is told of bytes that were copied. Returns whether it was linked.
+    """
+    if not copy:
+        try:
+            os.link(source, target)
+            return True
+        except OSError:  # another file system, or one without hard links
+            pass
+    with source.open("rb") as reader, target.open("wb") as writer:
+        copied(reader, writer, source.stat().st_size, progress)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return False
+
+
+def copied(reader: IO[bytes], writer: IO[bytes], length: int, progress: Callable[[int], object]) -> None:
+    """Copy `length` bytes from one open file to another, from where they stand. Raises EOFError if there are
+    fewer.
+    """
+    while length:
+        block = reader.read(min(BLOCK, length))
+        if not block:
+            raise EOFError(f"{reader.name} ends {length:,} bytes too early")
+        writer.write(block)
+        progress(len(block))
+        length -= len(block)
+
+
+class Progress:
+    """Says how far a long work over bytes is: a bar on a terminal, a line every ten seconds elsewhere,
+    nothing if short.
+    """
+
+    def __init__(self, label: str, total: int, every: float = 10.0) -> None:
+        self._label, self._total, self._every, self._done = label, total, every, 0
+        self._start = self._said = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1.0, leave=False)
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(count)
+        elif now - self._said >= self._every:
+            self._said = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            done = f"{self._done / max(self._total, 1):.0%}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+            print(f"{self._label}: {done}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

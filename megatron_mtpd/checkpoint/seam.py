@@ -1,0 +1,125 @@
+"""What Megatron calls while it saves and loads: three wrappers around functions of its own, and nothing of
+Megatron in here.
+
+Each takes what it replaces and returns the replacement, as the patch table of `megatron_mtpd.platform` wants
+it. What they add:
+
+- `saves_whole`: a save first removes what an earlier one left in its directory, and ends with a manifest,
+  before the tracker names the iteration. Megatron writes over old files in place: killed half way, old and
+  new bytes would look like one checkpoint, and a hard link of the old file (an extended checkpoint) would be
+  written over with it.
+- `replaces_trackers`: the tracker file changes at once. Megatron empties it, then writes it: killed or out of
+  space between the two, the run could not resume, from any of its checkpoints.
+- `loads_checked`: every byte is checked before anything is loaded, by all ranks together.
+
+What Megatron does by itself, and needs no help with: a write that fails (a full disk) raises on all ranks and
+leaves the tracker alone; data files, then `.metadata`, are on disk before `metadata.json` makes a directory a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_mtpd.checkpoint.common_state import LEGACY_FILE
+from megatron_mtpd.checkpoint.files import written_whole
+from megatron_mtpd.checkpoint.integrity import MANIFEST, write_manifest
+from megatron_mtpd.checkpoint.iterations import TRACKER, check_loadable
+from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA
+
+
+def saves_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `megatron.core.dist_checkpointing.save(sharded_state_dict, checkpoint_dir, ...)`. Collective, as
+    it is.
+
+    Returns what the original returns: None, or for `--async-save` a request whose last finalize function so
+    far then writes the manifest. Object storage (`msc://`) is left to Megatron.
+    """
+
+    @functools.wraps(original)
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if "://" in str(checkpoint_dir):
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        import torch
+
+        directory = Path(checkpoint_dir)
+        if torch.distributed.get_rank() == 0:
+            _clear(directory)
+        torch.distributed.barrier()  # no rank writes before the old files are gone
+        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+        def finish() -> None:
+            if torch.distributed.get_rank() == 0:
+                write_manifest(directory)
+
+        if request is None:
+            finish()
+        else:
+            request.finalize_fns.append(finish)
+        return request
+
+    return save
+
+
+def _clear(directory: Path) -> None:
+    """Remove an earlier checkpoint from a directory, first of all what makes it look like one."""
+    for name in (CONFIG, METADATA, MANIFEST, LEGACY_FILE):
+        (directory / name).unlink(missing_ok=True)
+    for data in directory.glob("*.distcp"):
+        data.unlink()
+
+
+def replaces_trackers(original: Any) -> Any:
+    """Wrap `megatron.training.checkpointing.maybe_msc`, through which it opens files."""
+    return _Storage(original)
+
+
+class _Storage:
+    """Megatron's access to storage, but for writing trackers."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        if os.path.basename(path) == TRACKER and mode == "w" and "://" not in str(path):
+            return _text_written_whole(Path(path))
+        return self._original.open(path, mode, *args, **kwargs)
+
+
+@contextmanager
+def _text_written_whole(path: Path) -> Iterator[io.StringIO]:
+    text = io.StringIO()
+    yield text
+    with written_whole(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def loads_checked(
+    original: Callable[..., Any], get_args: Callable[[], Any], full: Callable[[Any], bool] = lambda args: True
+) -> Callable[..., Any]:
+    """Wrap `megatron.training.training.load_checkpoint(..., load_arg="load")`. Collective, as it is.
+
+    `get_args` is Megatron's; `full` says, of its arguments, whether to read every byte or only look at sizes.
+    Raises CheckpointError on all ranks before anything is loaded.
+    """
+
+    @functools.wraps(original)
+    def load_checkpoint(*positional: Any, load_arg: str = "load", **kwargs: Any) -> Any:
+        args = get_args()
+        root = getattr(args, load_arg)
+        if root is None or not os.path.exists(os.path.join(root, TRACKER)):
+            root = getattr(args, "pretrained_checkpoint", None) or root  # as Megatron chooses
+        if root is not None and "://" not in str(root) and args.ckpt_format == "torch_dist":
+            check_loadable(Path(root), getattr(args, "ckpt_step", None), full(args))
+        return original(*positional, load_arg=load_arg, **kwargs)
+
+    return load_checkpoint

@@ -1,0 +1,80 @@
+"""Flags: all come from MTPDConfig, and combinations that cannot work are refused by name."""
+
+import argparse
+import dataclasses
+
+import pytest
+from megatron_mtpd.config import MTPDConfig, flag
+from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_from_args
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return add_mtpd_arguments(argparse.ArgumentParser())
+
+
+def parse(parser, *argv, **megatron):
+    args = parser.parse_args(argv)
+    defaults = {
+        "mtp_num_layers": 2,
+        "mtp_loss_scaling_factor": 0.1,
+        "mtp_detach_heads": False,
+        "hybrid_layer_pattern": "*-/*-/*-",
+        "sft": False,
+        "dataloader_inter_document_masking": False,
+        "hybrid_context_parallel": False,
+        "fp16_lm_cross_entropy": False,
+        "defer_embedding_wgrad_compute": False,
+        "recompute_granularity": None,
+        "recompute_method": None,
+    }
+    vars(args).update({**defaults, **megatron})
+    return args
+
+
+def test_no_flag_gives_the_defaults(parser):
+    assert mtpd_config_from_args(parse(parser)) == MTPDConfig()
+
+
+def test_every_field_has_a_flag_with_help(parser):
+    text = parser.format_help()
+    for field in dataclasses.fields(MTPDConfig):
+        name = flag(field.name) if field.default is not True else "--no-" + flag(field.name)[2:]
+        assert name in text
+    for action in parser._actions:
+        assert action.help
+
+
+def test_flags_reach_the_config(parser):
+    argv = ["--mtpd-beta", "0.5", "0.25", "--mtpd-objective", "lk", "--mtpd-top-n", "7", "--no-mtpd-clip-apart"]
+    argv += ["--mtpd-kd-trunk-share", "0.5", "--mtpd-cross-documents"]
+    config = mtpd_config_from_args(parse(parser, *argv))
+    expected = MTPDConfig(
+        objective="lk", top_n=7, beta=[0.5, 0.25], kd_trunk_share=0.5, clip_apart=False, cross_documents=True
+    )
+    assert config == expected
+
+
+def test_detach_heads_cuts_every_share(parser):
+    config = mtpd_config_from_args(parse(parser, mtp_detach_heads=True))
+    assert {getattr(config, f.name) for f in dataclasses.fields(config) if f.name.endswith("_share")} == {0.0}
+    with pytest.raises(ValueError, match="--mtp-detach-heads"):
+        mtpd_config_from_args(parse(parser, "--mtpd-kd-trunk-share", "0.5", mtp_detach_heads=True))
+
+
+@pytest.mark.parametrize(
+    ("argv", "megatron", "message"),
+    [
+        (["--mtpd-top-n", "0"], {}, "--mtpd-top-n is 0"),
+        (["--mtpd-beta", "1", "2", "3"], {}, "--mtpd-beta is .* the model has 2 heads"),
+        (["--mtpd-alpha", "-1"], {}, "--mtpd-alpha"),
+        (["--mtpd-ce-output-share", "1.5"], {}, "--mtpd-ce-output-share is 1.5"),
+        ([], {"mtp_num_layers": None}, "no MTP heads"),
+        ([], {"sft": True}, "--sft"),
+        ([], {"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy"),
+        ([], {"recompute_granularity": "full", "recompute_method": "block"}, "--recompute-method uniform"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(parser, argv, megatron, message):
+    with pytest.raises(ValueError, match=message):
+        mtpd_config_from_args(parse(parser, *argv, **megatron))
