@@ -3,8 +3,8 @@
 The command-line flags (`--mtpd-*`), their help, the checks and the documentation all come from the fields below: adding
 an option is one edit here. What belongs to Megatron (number of heads, learning rate, parallel sizes) is not repeated.
 
-A *share* says how much of a gradient passes a boundary, from 0 (cut) to 1 (whole): the forward pass never changes. There
-are three things that the heads share with the main model, the trunk, the embedding and the output layer, and two
+A *share* says how much of a gradient passes a boundary, from 0 (cut) to 1 (whole): the forward pass never changes.
+There are three things that the heads share with the main model, the trunk, the embedding and the output layer, and two
 losses that reach them, the heads' cross-entropy (`ce`) and the distillation (`kd`).
 """
 
@@ -22,16 +22,16 @@ LossImplementation = Literal["eager"]
 class MTPDConfig:
     """Options of multi-token prediction with self-distillation (MTP-D).
 
-    The loss is `CE(main) + sum_k [alpha_k CE(head k) + beta_k D_k]`, where `D_k` compares head k with the main head at the
-    same target token (arXiv 2603.23911). Raises ValueError, naming the option, its value and the remedy.
+    The loss is `CE(main) + sum_k [alpha_k CE(head k) + beta_k D_k]`, where `D_k` compares head k with the main head at
+    the same target token (arXiv 2603.23911). Raises ValueError, naming the option, its value and the remedy.
     """
 
     loss: LossImplementation = "eager"
     """How the loss is computed. eager: on the logits of all heads, the reference."""
 
     objective: Objective = "topn_kl"
-    """Distillation objective D_k. topn_kl: forward KL over the main head's top-N tokens (the paper). kl, reverse_kl, tv, lk,
-    e2e_tv: over the whole vocabulary."""
+    """Distillation objective D_k. topn_kl: forward KL over the main head's top-N tokens (the paper). kl, reverse_kl,
+    tv, lk, e2e_tv: over the whole vocabulary."""
 
     top_n: int = 10_000
     """N of topn_kl: how many tokens of the main head's distribution are distilled, ties at the N-th all counted; capped
@@ -42,8 +42,8 @@ class MTPDConfig:
     --mtp-loss-scaling-factor divided by the number of heads, as in Megatron."""
 
     beta: list[float] | None = None
-    """Weight of each head's distillation: one value for all heads or one per head. 0 is plain MTP. Default: 1.0 with one
-    head, 0.5 with more (the paper's values for 1 and 4 heads)."""
+    """Weight of each head's distillation: one value for all heads or one per head. 0 is plain MTP. Default: 1.0 with
+    one head, 0.5 with more (the paper's values for 1 and 4 heads)."""
 
     temperature: float = 1.0
     """Temperature of both distributions in the distillation; its loss is multiplied by the temperature squared, so
@@ -73,8 +73,8 @@ class MTPDConfig:
     """Share of the distillation's gradient that reaches the output layer."""
 
     train: Trained = "all"
-    """What is trained: all; heads: the trunk, embedding and output layer are frozen; new-heads: the first --mtpd-old-heads
-    heads are frozen too, as after looped extension."""
+    """What is trained: all; heads: the trunk, embedding and output layer are frozen; new-heads: the first
+    --mtpd-old-heads heads are frozen too, as after looped extension."""
 
     old_heads: int = 0
     """Number of heads, from the first, that --mtpd-train new-heads keeps as they are."""
@@ -99,7 +99,7 @@ class MTPDConfig:
         if self.train not in get_args(Trained):
             self._refuse("train", f"choose one of {', '.join(get_args(Trained))}")
         if self.old_heads < 0 or (self.old_heads > 0) != (self.train == "new-heads"):
-            self._refuse("old_heads", "give --mtpd-train new-heads the number of heads that are already trained, at least 1")
+            self._refuse("old_heads", "with --mtpd-train new-heads give the number of trained heads, at least 1")
         if self.top_n < 1:
             self._refuse("top_n", "give a number of tokens of at least 1")
         if not (math.isfinite(self.temperature) and self.temperature > 0):

@@ -1,11 +1,12 @@
 """`MTPDModel`: Megatron's HybridModel with MTP heads, and the MTP-D loss in the place of Megatron's.
 
-The seam. `HybridModel.forward` returns the hidden states of main model and heads when it is told that it is not the last
-stage; everything after them, the output layer and the losses, is ours. So nothing of Megatron is copied, and the layers,
-parallelism, recomputation and checkpoints of main model and heads are Megatron's own.
+The seam. `HybridModel.forward` returns the hidden states of main model and heads when it is told that it is not the
+last stage; everything after them, the output layer and the losses, is ours. So nothing of Megatron is copied, and the
+layers, parallelism, recomputation and checkpoints of main model and heads are Megatron's own.
 
-The contract with Megatron's loop is unchanged: with labels, `forward` returns the main head's per-token loss [b, s], and
-the heads' losses ride on its gradient (`losses.eager.attach_heads_loss`). `loss_report` holds the sums of the last call.
+The contract with Megatron's loop is unchanged: with labels, `forward` returns the main head's per-token loss [b, s],
+and the heads' losses ride on its gradient (`losses.eager.attach_heads_loss`). `loss_report` holds the sums of the last
+call.
 
 Deliberately absent: optimisation, data, reports. Inference goes through `hidden_states_of_all_heads` and `logits`.
 """
@@ -66,9 +67,10 @@ class MTPDModel(HybridModel):
             self.betas = self.mtpd.betas(num_heads)
         if self.mtpd.heads_pass_twice and "E" in (self.mtp_pattern or ""):
             raise ValueError(
-                f"Heads with a mixture of experts (pattern {self.mtp_pattern!r}) need equal shares for cross-entropy and "
-                "distillation: a second pass of the heads would count the router's auxiliary loss twice. Set "
-                "--mtpd-kd-trunk-share and --mtpd-kd-embedding-share to the values of --mtpd-ce-..., or use dense heads ('*-')."
+                f"Heads with a mixture of experts (pattern {self.mtp_pattern!r}) need equal shares for cross-entropy "
+                "and distillation: a second pass of the heads would count the router's auxiliary loss twice. Set "
+                "--mtpd-kd-trunk-share and --mtpd-kd-embedding-share to the values of --mtpd-ce-..., or use dense "
+                "heads ('*-')."
             )
         if self.mtp_process:
             self.mtp.register_forward_pre_hook(self._gate_heads, with_kwargs=True)
@@ -99,10 +101,11 @@ class MTPDModel(HybridModel):
             self.post_process = True
 
     def hidden_states_of_all_heads(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """On the last pipeline stage: hidden states of the main model, of the heads for cross-entropy, and for distillation.
+        """On the last pipeline stage: hidden states of the main model, of the heads for cross-entropy, and for
+        distillation.
 
-        Arguments as HybridModel.forward. Each tensor is [s, b, h] ([s / tp, b, h] with sequence parallelism), after its final
-        norm. The two lists are the same, unless gradients are let through differently (`heads_pass_twice`).
+        Arguments as HybridModel.forward. Each tensor is [s, b, h] ([s / tp, b, h] with sequence parallelism), after its
+        final norm. The two lists are the same, unless gradients are let through differently (`heads_pass_twice`).
         """
         config = self.mtpd
         self._shares = (config.ce_trunk_share, config.ce_embedding_share)
@@ -122,7 +125,8 @@ class MTPDModel(HybridModel):
     # Logits ------------------------------------------------------------------------------------------------------
 
     def logits(self, hidden_states: Tensor, output_share: float = 1.0) -> Tensor:
-        """[s, b, h] -> [s, b, V / tp] through the shared output layer; its gradient to the weight times `output_share`."""
+        """[s, b, h] -> [s, b, V / tp] through the shared output layer; its gradient to the weight times
+        `output_share`."""
         shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if output_share == 1.0 or not torch.is_grad_enabled():
             return self._scale_logits(self.output_layer(hidden_states, weight=shared)[0])
@@ -146,7 +150,8 @@ class MTPDModel(HybridModel):
         loss_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As HybridModel.forward: per-token loss of the main head [b, s] fp32 with labels, logits [b, s, V / tp] without.
+        """As HybridModel.forward: per-token loss of the main head [b, s] fp32 with labels, logits [b, s, V / tp]
+        without.
 
         Args:
             input_ids, position_ids, labels: int64 [b, s]. `labels[:, j]` is token j + 1.
@@ -157,8 +162,8 @@ class MTPDModel(HybridModel):
         """
         if kwargs.get("packed_seq_params") is not None:
             raise ValueError(
-                "Packed sequences (THD) are not supported with MTP-D heads: use [b, s] batches, where documents are told "
-                "apart by the end-of-document token and --reset-attention-mask."
+                "Packed sequences (THD) are not supported with MTP-D heads: use [b, s] batches, where documents are "
+                "told apart by the end-of-document token and --reset-attention-mask."
             )
         inputs = (input_ids, position_ids, attention_mask, *args)
         if not self.post_process or not self.mtp_process:
@@ -237,7 +242,8 @@ class MTPDModelBuilder(HybridModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> MTPDModel:
-        """Build one pipeline stage; whether it holds embedding and output layer follows from its place in `pg_collection`."""
+        """Build one pipeline stage; whether it holds embedding and output layer follows from its place in
+        `pg_collection`."""
         config: MTPDModelConfig = self._model_config
         if config.vocab_size is None:
             raise ValueError("vocab_size of the model is not set: give --vocab-size or a tokenizer.")

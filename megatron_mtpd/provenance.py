@@ -15,7 +15,8 @@ PACKAGES = ("megatron-mtpd", "torch", "megatron-core", "transformer-engine", "de
 
 
 def provenance() -> dict[str, Any]:
-    """`date` (UTC), `commit` (None outside a checkout, with a + when files differ from it), `command`, `versions`, `hardware`."""
+    """`date` (UTC), `commit` (None outside a checkout, with a + when files differ from it), `command`, `versions`,
+    `hardware`."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),

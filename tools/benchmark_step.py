@@ -11,7 +11,9 @@ All flags that are not below are those of tools/pretrain_mtpd.py, and describe m
   python tools/benchmark_step.py --rounds 5 --steps 4 --num-layers 3 --mtp-num-layers 4 --hidden-size 128 \\
       --ffn-hidden-size 384 --num-attention-heads 4 --seq-length 128 --vocab-size 2048 --micro-batch-size 8
 """
-DEFAULTS = "--mock-data --tokenizer-type NullTokenizer --num-workers 0 --no-create-attention-mask-in-dataloader --lr 1e-4"
+DEFAULTS = (
+    "--mock-data --tokenizer-type NullTokenizer --num-workers 0 --lr 1e-4 --no-create-attention-mask-in-dataloader"
+)
 
 
 def main() -> None:

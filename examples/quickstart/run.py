@@ -1,8 +1,8 @@
 """Quickstart: plain MTP and MTP-D, from the same seed, on Python's own sources, on a CPU in a few minutes.
 
-What it does, by the same steps as a real run: train a tokenizer, tokenize text, pretrain twice with the real entry (once
-with the distillation's weight at 0), and show what each head learned beside the main head's loss. Everything is written
-under runs/quickstart; a new run replaces the results of the last one and keeps the data.
+What it does, by the same steps as a real run: train a tokenizer, tokenize text, pretrain twice with the real entry
+(once with the distillation's weight at 0), and show what each head learned beside the main head's loss. Everything is
+written under runs/quickstart; a new run replaces the results of the last one and keeps the data.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def main() -> None:
         "--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"), help="under 90 seconds"
     )
     parser.add_argument("--seed", type=int, default=1234, help="of both variants [%(default)s]")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR", help="[%(default)s]")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR", help="[%(default)s]"
+    )
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
     out = options.output.resolve()

@@ -5,8 +5,8 @@
 Reduction. Megatron's loss function sums the returned per-token losses times the loss mask and divides by the number of
 tokens, so the terms of the heads are returned as sums on that scale: each head's mean over its own targets times the
 number of unmasked tokens of the main head (`per_head_mean`, as Megatron does), or plainly its sum. The plain sum is for
-`--calculate-per-token-loss`, where one division by the tokens of the *global* batch follows: it does not depend on how the
-batch is split, whereas a local ratio does.
+`--calculate-per-token-loss`, where one division by the tokens of the *global* batch follows: it does not depend on how
+the batch is split, whereas a local ratio does.
 
 Deliberately absent: hidden states, output layers and process groups other than the vocabulary's.
 """
@@ -28,7 +28,8 @@ from megatron_mtpd.losses.vocab_parallel import Group
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Weights of the heads' terms, each of length K: `alpha` of cross-entropy, `beta` of distillation (0: not computed)."""
+    """Weights of the heads' terms, each of length K: `alpha` of cross-entropy, `beta` of distillation (0: not
+    computed)."""
 
     alpha: Sequence[float]
     beta: Sequence[float]
@@ -51,7 +52,8 @@ def mtpd_loss(
 
     Args:
         main_logits: [s, b, V / tp], any float dtype.
-        ce_logits, kd_logits: of each head, [s, b, V / tp]: equal in value; two lists so that a caller can let the gradients
+        ce_logits, kd_logits: of each head, [s, b, V / tp]: equal in value; two lists so that a caller can let the
+        gradients
             of cross-entropy and of distillation go different ways. Usually the same tensors.
         labels: int64 [s, b], the main head's: token j + 1 at position j.
         loss_mask: [s, b] of 0 and 1.
@@ -83,10 +85,7 @@ def mtpd_loss(
         heads_loss = heads_loss + drafts.sum() * scale[0] * beta.sum()
     elif any(weights.beta):
         distillation = _masked_sums(
-            [
-                objectives.distillation(t, z, config, tp_group)
-                for t, z in zip(teachers, kd_logits, strict=True)
-            ],
+            [objectives.distillation(t, z, config, tp_group) for t, z in zip(teachers, kd_logits, strict=True)],
             masks,
         )
         heads_loss = heads_loss + torch.dot(distillation, scale * beta)

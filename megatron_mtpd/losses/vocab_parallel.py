@@ -5,8 +5,8 @@ slice is the whole vocabulary). Results are those of the full vocabulary and equ
 tensors travel, never logits. Rank r holds the ids [r * V / tp, (r + 1) * V / tp), as in Megatron.
 
 Gradients: a loss built from these results is the same number on every rank, and each rank differentiates it for its own
-slice only. A sum over ranks therefore passes its gradient through unchanged (the operator that Megatron calls *reduce from
-the model-parallel region*); gathering or reducing the gradients again would count them tp times.
+slice only. A sum over ranks therefore passes its gradient through unchanged (the operator that Megatron calls *reduce
+from the model-parallel region*); gathering or reducing the gradients again would count them tp times.
 
 Deliberately absent: anything that gathers logits or candidates.
 """
@@ -127,7 +127,12 @@ def topn_threshold(logits: Tensor, n: int, tp_group: Group = None) -> Tensor:
     return _float_from_keys(low, logits.dtype)
 
 
-_KEY_DTYPES = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_KEY_DTYPES = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 
 
 def _ordered_keys(x: Tensor) -> Tensor:

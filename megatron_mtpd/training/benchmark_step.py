@@ -1,8 +1,9 @@
 """Step time and peak memory of whole training steps: no MTP, Megatron's own MTP, and MTP-D, side by side.
 
-Each variant lives in a process of its own, so that its peak memory is its own, and all take turns of a few steps, so that
-noise of the machine falls on all alike. A step is Megatron's `train_step`: forward, backward, gradient reduction, optimizer.
-Memory is the peak of what torch allocated on a GPU, and of the resident memory beyond the imported libraries on a CPU.
+Each variant lives in a process of its own, so that its peak memory is its own, and all take turns of a few steps, so
+that noise of the machine falls on all alike. A step is Megatron's `train_step`: forward, backward, gradient reduction,
+optimizer. Memory is the peak of what torch allocated on a GPU, and of the resident memory beyond the imported libraries
+on a CPU.
 
 Deliberately absent: judgement. The result is a table of medians and of ratios to Megatron's own MTP.
 """
@@ -26,7 +27,12 @@ BASELINE = "megatron_mtp"
 
 
 def benchmark(
-    flags: Sequence[str], variants: Sequence[str], rounds: int, steps: int, threads: int, on_round: Callable[[int], None]
+    flags: Sequence[str],
+    variants: Sequence[str],
+    rounds: int,
+    steps: int,
+    threads: int,
+    on_round: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Measure `rounds` turns of `steps` steps of every variant, after one turn to warm up.
 
@@ -65,7 +71,8 @@ def benchmark(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'variant':14}{'ms a step':>12}{'min':>9}{'max':>9}{'peak MB':>10}{'time':>8}{'memory':>8}  (vs {BASELINE})"]
+    titles = f"{'variant':14}{'ms a step':>12}{'min':>9}{'max':>9}{'peak MB':>10}{'time':>8}{'memory':>8}"
+    lines = [f"{titles}  (vs {BASELINE})"]
     for row in rows:
         ratios = [row["ratio_time_vs_megatron"], row["ratio_memory_vs_megatron"]]
         times = [1e3 * row[f"seconds_{name}"] for name in ("median", "min", "max")]
@@ -133,8 +140,6 @@ def _serve(variant: str, flags: Sequence[str]) -> None:
 
 def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
     """A function that runs one step, and the bytes that were taken before the model was built."""
-    from megatron_mtpd.training import pretrain as entry  # prepares the machine: first
-
     import torch
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
@@ -146,6 +151,7 @@ def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
 
     from megatron_mtpd.data.datasets import train_valid_test_datasets_provider
     from megatron_mtpd.specs import hybrid_stack_spec
+    from megatron_mtpd.training import pretrain as entry  # prepares the machine: first
     from megatron_mtpd.training.forward_step import forward_step
 
     libraries = _peak_bytes()

@@ -54,7 +54,8 @@ def loss_func(loss_mask: Tensor, model: MTPDModel, output: Tensor) -> tuple[Tens
 def _stop_at_nan(loss: Tensor, report: LossReport) -> None:
     if not get_args().check_for_nan_in_loss_and_grad:
         return
-    checked = {"loss of the main head": loss, "loss of the heads": report.cross_entropy.sum() + report.distillation.sum()}
+    heads = report.cross_entropy.sum() + report.distillation.sum()
+    checked = {"loss of the main head": loss, "loss of the heads": heads}
     for name, value in checked.items():
         for reject, problem in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
             get_rerun_state_machine().validate_result(

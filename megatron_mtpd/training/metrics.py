@@ -1,7 +1,7 @@
 """What is reported of a run, under which names, and where: Megatron's log line, TensorBoard and a JSONL file.
 
-The log line must stay readable with many heads, so its names are short (`ar/2`); TensorBoard and JSONL get the full ones
-(`acceptance_rate/head_2`). Megatron averages pairs (sum, count) over micro-batches and ranks, in training and in
+The log line must stay readable with many heads, so its names are short (`ar/2`); TensorBoard and JSONL get the full
+ones (`acceptance_rate/head_2`). Megatron averages pairs (sum, count) over micro-batches and ranks, in training and in
 validation, so every metric is given as such a pair, and all three places show the same numbers.
 
 | log line | TensorBoard, JSONL | of head k |

@@ -1,8 +1,8 @@
 """What is trained and what is frozen (`--mtpd-train`), for heads that are added to a trained model.
 
-A frozen part costs a forward pass and nothing else: its parameters have no gradient buffer and no optimizer state, because
-Megatron builds both from what requires a gradient; it runs under no_grad, so that it keeps no activations and computes no
-weight gradients; and it stays in evaluation mode, so that its dropout and auxiliary losses are off.
+A frozen part costs a forward pass and nothing else: its parameters have no gradient buffer and no optimizer state,
+because Megatron builds both from what requires a gradient; it runs under no_grad, so that it keeps no activations and
+computes no weight gradients; and it stays in evaluation mode, so that its dropout and auxiliary losses are off.
 
 Deliberately absent: loading weights into the frozen parts, which is the checkpoint's business.
 """
@@ -56,8 +56,8 @@ def _frozen_modules(model: MTPDModel, config: MTPDConfig) -> Iterable[nn.Module]
     if config.train == "new-heads" and model.mtp_process:
         if config.old_heads >= len(model.mtp.layers):
             raise ValueError(
-                f"--mtpd-old-heads is {config.old_heads} and the model has {len(model.mtp.layers)} heads: none is left to "
-                "train. Extend the checkpoint first (tools/loop_extend.py), or lower the number."
+                f"--mtpd-old-heads is {config.old_heads} and the model has {len(model.mtp.layers)} heads: none is left "
+                "to train. Extend the checkpoint first (tools/loop_extend.py), or lower the number."
             )
         yield from model.mtp.layers[: config.old_heads]
 

@@ -293,6 +293,8 @@ def step(layout: Layout, toy: Toy) -> Rank:
     for _ in range(max(1, toy.optimizer_steps)):
         for chunk in model:
             chunk.zero_grad_buffer()
+        if optimizer is not None:
+            optimizer.zero_grad()
         metrics = _forward_backward(model, layout, toy)
         if layout.distributed_optimizer:
             _gather_reduced(model[0])

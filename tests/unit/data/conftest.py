@@ -53,9 +53,9 @@ def hugging_face_spec(tmp_path_factory: pytest.TempPathFactory, sources: list[st
         single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
     )
     folder = tmp_path_factory.mktemp("hugging_face")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>").save_pretrained(
+        folder
+    )
     return Spec("HuggingFaceTokenizer", str(folder))
 
 

@@ -48,9 +48,7 @@ def test_from_a_folder_of_code_to_a_dataset(
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "out/tok.model"]
     assert preprocess_data([*corpus, *flags, "--output-prefix", "out/code", "--strict"]) == 0
     out = capsys.readouterr().out
-    assert (
-        f"skipped 1 of {len(sources) + 1} records\n  empty document: 1\n    {code / '__init__.py'}\n" in out
-    )
+    assert f"skipped 1 of {len(sources) + 1} records\n  empty document: 1\n    {code / '__init__.py'}\n" in out
     assert f"{len(sources)} documents, " in out
     assert len(IndexedDataset("out/code")) == len(sources)
     assert json.loads(Path("out/code.json").read_text())["options"]["max_bad"] == "0"
@@ -108,9 +106,7 @@ def test_typos_are_named_in_one_line(
     assert not (tmp_path / "out" / "data.bin").exists()
 
 
-def test_sigterm_ends_a_run_as_ctrl_c_does(
-    preprocess_data, sentencepiece_spec, code, tmp_path, monkeypatch, capsys
-):
+def test_sigterm_ends_a_run_as_ctrl_c_does(preprocess_data, sentencepiece_spec, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(text.TextFiles, "records", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert preprocess_data(flags_of(sentencepiece_spec, code, tmp_path)) == 130

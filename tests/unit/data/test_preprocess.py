@@ -120,14 +120,7 @@ def test_too_many_bad_records_leave_nothing(sentencepiece_spec, corpus, prefix, 
         file.write("{\n" * 5)
     number = len(Path(corpus.files[0]).read_text().splitlines())
     with pytest.raises(ValueError, match=rf"too many bad records: 5 of[^$]*sources\.jsonl:{number - 4}: "):
-        preprocess(
-            TextFiles(corpus.files),
-            *sentencepiece_spec,
-            prefix,
-            max_bad="1%",
-            workers=workers,
-            progress=False,
-        )
+        make(TextFiles(corpus.files), sentencepiece_spec, prefix, max_bad="1%", workers=workers)
     assert outputs(prefix) == []
 
 
@@ -229,9 +222,7 @@ def test_an_interrupt_leaves_nothing(sentencepiece_spec, corpus, prefix, workers
     assert outputs(prefix) == []
 
 
-def test_a_killed_run_leaves_nothing_that_loads_and_no_process(
-    sentencepiece_spec, sources, tmp_path, prefix, capsys
-):
+def test_a_killed_run_leaves_nothing_that_loads_and_no_process(sentencepiece_spec, sources, tmp_path, prefix, capsys):
     (tmp_path / "large.txt").write_text("".join(sources) * 40, encoding="utf-8")  # some seconds of work
     command = [sys.executable, "tools/preprocess_data.py", "--input", str(tmp_path / "large.txt")]
     command += ["--split", "line", "--output-prefix", prefix, "--workers", "2"]

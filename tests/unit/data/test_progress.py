@@ -16,9 +16,7 @@ def test_lines_in_a_log():
     progress.update(4_000_000, 200, 8_000_000)
     progress.close()
     first, last = log.getvalue().splitlines()
-    assert re.fullmatch(
-        r"reading: 25% \| 50 documents, [\d,]+ documents/s, [\d.,]+ MB/s \| \d:\d\d:\d\d left", first
-    )
+    assert re.fullmatch(r"reading: 25% \| 50 documents, [\d,]+ documents/s, [\d.,]+ MB/s \| \d:\d\d:\d\d left", first)
     assert last.startswith("reading: 100% | 200 documents") and last.endswith("0:00:00 left")
 
 

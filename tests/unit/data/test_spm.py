@@ -49,13 +49,9 @@ def test_sentencepieces_own_space_symbol_is_the_only_exception(processor):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_both_kinds_lose_nothing_and_have_the_size_asked_for(
-    tmp_path: Path, model_type: str, sources: list[str]
-):
+def test_both_kinds_lose_nothing_and_have_the_size_asked_for(tmp_path: Path, model_type: str, sources: list[str]):
     prefix = str(tmp_path / "tok")
-    result = train_tokenizer(
-        stdlib_corpus(150_000), prefix, vocab_size=500, model_type=model_type, progress=False
-    )
+    result = train_tokenizer(stdlib_corpus(150_000), prefix, vocab_size=500, model_type=model_type, progress=False)
     processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     assert processor.GetPieceSize() == result["options"]["vocab_size"] == 500
     for text in TRICKY + sources[:10]:

@@ -56,9 +56,7 @@ def test_the_files_are_identified(spec):
 
 
 def test_mistakes_are_named(tmp_path: Path):
-    with pytest.raises(
-        ValueError, match="SentencepieceTokeniser: unknown; did you mean SentencePieceTokenizer"
-    ):
+    with pytest.raises(ValueError, match="SentencepieceTokeniser: unknown; did you mean SentencePieceTokenizer"):
         load_tokenizer("SentencepieceTokeniser", "x")
     with pytest.raises(ValueError, match="unknown; choose SentencePieceTokenizer or HuggingFaceTokenizer"):
         load_tokenizer("tiktoken", "x")

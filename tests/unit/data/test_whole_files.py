@@ -75,9 +75,7 @@ def test_force_keeps_the_old_until_the_new_is_whole(targets: list[str]):
     assert [Path(target).read_text() for target in targets] == ["new", "new"]
 
 
-def test_replacing_never_shows_an_old_file_beside_a_new_one(
-    targets: list[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_replacing_never_shows_an_old_file_beside_a_new_one(targets: list[str], monkeypatch: pytest.MonkeyPatch):
     """As if killed at the first renaming: what made the old files readable is already gone."""
     with WholeFiles(*targets) as outputs:
         write(outputs, "old")

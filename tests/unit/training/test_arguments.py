@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 import pytest
+
 from megatron_mtpd.config import MTPDConfig, flag
 from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_from_args
 

@@ -1,6 +1,7 @@
 """The pattern of a plain transformer."""
 
 import pytest
+
 from megatron_mtpd.training.layer_pattern import expand_layer_flags, layer_pattern
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.training.metrics import FULL_NAMES, MetricsWriter, chart_layout, full_name, metrics_from_report
 
