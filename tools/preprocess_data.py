@@ -36,12 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="end each document with the end-of-document token (default; document masking needs it)",
     )
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx and .json"
-    )
-    group.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)"
-    )
+    group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx and .json")
+    group.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
     group.add_argument("--force", action="store_true", help="replace an existing dataset")
     options = vars(parser.parse_args(argv))
 

@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_corpus_arguments(parser)
     group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="number of pieces, all included"
-    )
+    group.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of pieces, all included")
     group.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="(default: bpe)")
     group.add_argument(
         "--max-bytes",
@@ -39,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of all characters, that many get pieces; the rest are spelled in bytes (default: 0.9995)",
     )
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.model and PREFIX.json"
-    )
+    group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.model and PREFIX.json")
     group.add_argument("--force", action="store_true", help="replace an existing tokenizer")
     group.add_argument("--verbose", action="store_true", help="show SentencePiece's own log")
     options = vars(parser.parse_args(argv))

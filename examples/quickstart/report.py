@@ -79,8 +79,9 @@ def print_table(summary: dict) -> None:
     row("tokens a step that follow", [summary[v]["tokens_per_step"] for v in variants], 1, 2)
     plain, distilled = (summary[v]["main_loss"] for v in variants)
     print(
-        f"\nMTP-D's main head has {100 * (distilled / plain - 1):+.2f} % of plain MTP's loss. A main head that is easier\n"
-        "to predict is accepted more often too: compare heads at equal main loss (and one seed of a toy proves nothing)."
+        f"\nMTP-D's main head has {100 * (distilled / plain - 1):+.2f} % of plain MTP's loss. A main head that\n"
+        "is easier to predict is accepted more often too: compare heads at equal main loss.\n"
+        "One seed of a toy: a demonstration, not a result."
     )
 
 

@@ -75,9 +75,7 @@ def read_common_state(metadata: Metadata) -> CommonState:
         if not isinstance(values, dict):
             raise ValueError("it is no table of names and values")
     except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            f"{metadata.directory / source}: the stored arguments are damaged: {error}."
-        ) from error
+        raise CheckpointError(f"{metadata.directory / source}: the stored arguments are damaged: {error}.") from error
     return CommonState(source, values, contents, document)
 
 

@@ -73,9 +73,7 @@ def _refuse(path: Path, replace: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file. Name a directory that does not exist yet.")
     if path.is_dir() and any(path.iterdir()) and not replace:
-        raise ValueError(
-            f"{path} exists and is not empty. Name another directory, or replace it with --force."
-        )
+        raise ValueError(f"{path} exists and is not empty. Name another directory, or replace it with --force.")
 
 
 def sync(path: Path) -> None:

@@ -108,9 +108,7 @@ def verify(
     if not directory.is_dir():
         return [Problem(directory.name, "no such directory")]
     missing = [
-        Problem(name, "missing: the save did not finish")
-        for name in _DIGESTED
-        if not (directory / name).exists()
+        Problem(name, "missing: the save did not finish") for name in _DIGESTED if not (directory / name).exists()
     ]
     if missing:
         return missing
@@ -140,13 +138,9 @@ def verify(
             problems[name] = f"truncated: {found:,} bytes, at least {least:,} were written"
     if full and metadata:
         payloads = sorted({p for _, p in metadata.payloads()}, key=lambda p: (p.file, p.offset))
-        damaged = _damaged(
-            (p for p in _part(payloads, *share) if p.file not in problems), directory, progress
-        )
+        damaged = _damaged((p for p in _part(payloads, *share) if p.file not in problems), directory, progress)
         for payload, what in damaged:
-            problems.setdefault(
-                payload.file, f"bytes {payload.offset:,} to {payload.end:,} are damaged ({what})"
-            )
+            problems.setdefault(payload.file, f"bytes {payload.offset:,} to {payload.end:,} are damaged ({what})")
     return [Problem(name, what) for name, what in problems.items()]
 
 
@@ -175,20 +169,14 @@ def _damaged(
 
     payloads = list(payloads)
     with ThreadPoolExecutor(_THREADS) as threads:  # reading and checksums both release the interpreter's lock
-        return [
-            (payload, what)
-            for payload, what in zip(payloads, threads.map(check, payloads), strict=True)
-            if what
-        ]
+        return [(payload, what) for payload, what in zip(payloads, threads.map(check, payloads), strict=True) if what]
 
 
 def _bad_record(data: io.RawIOBase) -> str | None:
     """The first record of an archive that is not what its checksum says."""
     with zipfile.ZipFile(data) as archive:  # type: ignore[arg-type]
         for record in archive.infolist():
-            if (
-                record.CRC == 0
-            ):  # torch.serialization.set_crc32_options(False), or four bytes that say so by chance
+            if record.CRC == 0:  # torch.serialization.set_crc32_options(False), or four bytes that say so by chance
                 continue
             with archive.open(record) as reader:
                 while reader.read(BLOCK):

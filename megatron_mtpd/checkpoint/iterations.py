@@ -58,11 +58,7 @@ def read_tracker(root: Path) -> Iteration | None:
     if text.isascii() and text.isdigit():
         return int(text)
     good = next((saved for saved in reversed(list_checkpoints(root)) if saved.state == "complete"), None)
-    remedy = (
-        f"Write {good.iteration} into it, the newest complete one."
-        if good
-        else "No complete checkpoint is there."
-    )
+    remedy = f"Write {good.iteration} into it, the newest complete one." if good else "No complete checkpoint is there."
     raise CheckpointError(f"{path} says {text!r}, which is no iteration: writing it was cut short. {remedy}")
 
 
@@ -146,9 +142,7 @@ def check_loadable(root: Path, iteration: int | None = None, full: bool = True) 
     if team.rank == 0 and chosen != RELEASE:
         for saved in (_look(root, later) for later in _iterations(root) if _age(later) > chosen):
             if saved.state != "complete":
-                logger.warning(
-                    "Passing over %s, which is %s: %s", saved.directory, saved.state, saved.problems[0]
-                )
+                logger.warning("Passing over %s, which is %s: %s", saved.directory, saved.state, saved.problems[0])
     return chosen
 
 

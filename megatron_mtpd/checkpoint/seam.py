@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -52,16 +53,17 @@ def saves_whole(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.distributed.get_rank() == 0:
             _clear(directory)
         torch.distributed.barrier()  # no rank writes before the old files are gone
-        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
         def finish() -> None:
             if torch.distributed.get_rank() == 0:
                 write_manifest(directory)
 
-        if request is None:
-            finish()
-        else:
-            request.finalize_fns.append(finish)
+        with _explained(directory):
+            request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+            if request is None:
+                finish()
+                return None
+        request.finalize_fns[:] = [_explained(directory)(step) for step in [*request.finalize_fns, finish]]
         return request
 
     return save
@@ -71,8 +73,24 @@ def _clear(directory: Path) -> None:
     """Remove an earlier checkpoint from a directory, first of all what makes it look like one."""
     for name in (CONFIG, METADATA, MANIFEST, LEGACY_FILE):
         (directory / name).unlink(missing_ok=True)
-    for data in directory.glob("*.distcp"):
+    for data in [*directory.glob("*.distcp"), *directory.glob("*.tmp"), *directory.glob("*.partial")]:
         data.unlink()
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Say what an error in a save means; Megatron's own message names neither the directory nor the cause."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        free = shutil.disk_usage(directory).free
+        error.add_note(
+            f"The save into {directory} failed; its file system has {free / 1e9:,.3f} GB free. The checkpoints before "
+            "it are untouched: a run that is started again resumes from the last of them."
+        )
+        raise
 
 
 def replaces_trackers(original: Any) -> Any:

@@ -41,9 +41,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (default): .jsonl and .ndjson files hold a JSON document a line, all others are text",
     )
-    group.add_argument(
-        "--json-key", default="text", metavar="KEY", help="where a JSON line holds its text (text)"
-    )
+    group.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text (text)")
     group.add_argument(
         "--split",
         choices=SPLITS,
@@ -56,9 +54,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|P%",
         help="more bad records (invalid UTF-8 or JSON, no text at the key) are an error (default: 1%%)",
     )
-    group.add_argument(
-        "--strict", action="store_const", const="0", dest="max_bad", help="the same as --max-bad 0"
-    )
+    group.add_argument("--strict", action="store_const", const="0", dest="max_bad", help="the same as --max-bad 0")
 
 
 def take_corpus(options: dict[str, Any]) -> TextFiles:

@@ -144,9 +144,7 @@ def summary(provenance: dict, output_prefix: str) -> str:
         f"wrote {output_prefix}.bin, {output_prefix}.idx ({p['dtype']}) and {output_prefix}.json",
     ]
     if p["documents_with_eod_inside"]:
-        lines.insert(
-            1, f"warning: {p['documents_with_eod_inside']} documents spell the end-of-document token inside"
-        )
+        lines.insert(1, f"warning: {p['documents_with_eod_inside']} documents spell the end-of-document token inside")
     return "\n".join(filter(None, lines))
 
 
@@ -191,9 +189,7 @@ def _encode(tokenizer: Tokenizer, eod: int | None, dtype: type, records: list[Re
             bad.append((where, BadRecord(EMPTY, "the tokenizer leaves nothing of it")))
             continue
         if max(ids) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{where}: {tokenizer.model} gave id {max(ids)}, its size is {tokenizer.vocab_size}"
-            )
+            raise ValueError(f"{where}: {tokenizer.model} gave id {max(ids)}, its size is {tokenizer.vocab_size}")
         eod_inside += tokenizer.eod in ids[:-1]
         if eod is not None and ids[-1] != eod:
             ids.append(eod)
@@ -232,9 +228,7 @@ def _encoder(tokenizer: Tokenizer, eod: int | None, dtype: type, workers: int) -
     try:
         yield encode
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process died, perhaps for want of memory; try fewer --workers"
-        ) from error
+        raise ChildProcessError("a worker process died, perhaps for want of memory; try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

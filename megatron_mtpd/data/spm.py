@@ -68,9 +68,7 @@ def train_tokenizer(
         chunks = sample(_chunks_of_corpus(corpus, tally, progress), max_bytes)
         sample_bytes = sum(map(len, chunks))
         if progress:
-            print(
-                f"training {vocab_size:,} {model_type} pieces on {sample_bytes / 1e6:.1f} MB", file=sys.stderr
-            )
+            print(f"training {vocab_size:,} {model_type} pieces on {sample_bytes / 1e6:.1f} MB", file=sys.stderr)
         model = _train(chunks, vocab_size, model_type, character_coverage, verbose)
         with open(outputs.partial(model_path), "wb") as file:
             file.write(model)
@@ -185,7 +183,5 @@ def _train(chunks: list[bytes], vocab_size: int, model_type: str, coverage: floa
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
-        raise ValueError(
-            f"--vocab-size {vocab_size}: SentencePiece cannot train on this text: {reason}"
-        ) from error
+        raise ValueError(f"--vocab-size {vocab_size}: SentencePiece cannot train on this text: {reason}") from error
     return model.getvalue()

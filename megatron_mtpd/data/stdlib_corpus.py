@@ -42,9 +42,7 @@ def stdlib_files(max_bytes: int | None = None, *, include_tests: bool = False) -
             chosen.append(path)
             total += size
     if not chosen:
-        raise ValueError(
-            f"no standard library source under {root} within {max_bytes} bytes; raise the budget"
-        )
+        raise ValueError(f"no standard library source under {root} within {max_bytes} bytes; raise the budget")
     return chosen
 
 
@@ -56,6 +54,4 @@ def stdlib_corpus(max_bytes: int | None = None, *, include_tests: bool = False) 
 
 def stdlib_documents(max_bytes: int | None = None, *, include_tests: bool = False) -> Iterator[Document]:
     """The sources as texts. A few of Python's tests are not UTF-8, on purpose: those are left out."""
-    return stdlib_corpus(max_bytes, include_tests=include_tests).documents(
-        Tally("1%" if include_tests else "0")
-    )
+    return stdlib_corpus(max_bytes, include_tests=include_tests).documents(Tally("1%" if include_tests else "0"))

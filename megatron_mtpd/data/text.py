@@ -50,9 +50,7 @@ def parse(record: Record) -> str:
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(
-            "invalid UTF-8", f"byte {record.raw[error.start]:#04x} at offset {error.start}"
-        ) from None
+        raise BadRecord("invalid UTF-8", f"byte {record.raw[error.start]:#04x} at offset {error.start}") from None
     if record.json_key is not None and text and not text.isspace():
         text = _text_of_json(text, record.json_key)
     if not text or text.isspace():
@@ -191,9 +189,7 @@ class TextFiles:
                 raise ValueError(f"--input: {file} is listed twice; name each file or its folder, not both")
             seen.add(os.path.abspath(file))
             if self.format == "auto" and strip_suffix(file).endswith(".json"):
-                raise ValueError(
-                    f"{file}: .json can be lines or one text; say --format jsonl or --format text"
-                )
+                raise ValueError(f"{file}: .json can be lines or one text; say --format jsonl or --format text")
             if self.split == "file" and not self._is_jsonl(file) and size > LARGEST_DOCUMENT:
                 raise ValueError(
                     f"{file}: {size / 1e6:.0f} MB as one document would not fit in memory when tokenized; "

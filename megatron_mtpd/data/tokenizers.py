@@ -95,9 +95,7 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         except Exception as error:  # whatever is wrong with the files, transformers has many words for it
             what = "" if os.path.isdir(model) else "no such folder, and as a name on the Hub "
-            raise ValueError(
-                f"--tokenizer-model {model}: {what}transformers cannot load it: {error}"
-            ) from error
+            raise ValueError(f"--tokenizer-model {model}: {what}transformers cannot load it: {error}") from error
         self.vocab_size = len(self._tokenizer)
         eos = self._tokenizer.eos_token_id
         self.eod = eos if eos is not None else self._tokenizer.sep_token_id

@@ -65,9 +65,7 @@ class WholeFiles:
     def _refuse_existing(self) -> None:
         existing = [target for target in self.targets if os.path.exists(target)]
         if existing and not self._force:
-            raise ValueError(
-                f"{', '.join(existing)} exists; choose another --output-prefix, or --force to replace it"
-            )
+            raise ValueError(f"{', '.join(existing)} exists; choose another --output-prefix, or --force to replace it")
 
 
 def _flush_to_disk(path: str) -> None:

@@ -70,8 +70,8 @@ def mtpd_config_from_args(args: argparse.Namespace) -> MTPDConfig:
 def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
     if not args.mtp_num_layers:
         raise ValueError(
-            f"The model has no MTP heads (--hybrid-layer-pattern {args.hybrid_layer_pattern!r}): add --mtp-num-layers K "
-            "to --num-layers, or a '/*-' for each head to the pattern."
+            f"The model has no MTP heads (--hybrid-layer-pattern {args.hybrid_layer_pattern!r}): add "
+            "--mtp-num-layers K to --num-layers, or a '/*-' for each head to the pattern."
         )
     config.alphas(args.mtp_num_layers, args.mtp_loss_scaling_factor)
     config.betas(args.mtp_num_layers)

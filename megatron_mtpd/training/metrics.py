@@ -99,7 +99,7 @@ class MetricsWriter:
 
     def add_scalar(self, tag: str, value: Any, iteration: int, *args: Any, **kwargs: Any) -> None:
         """Megatron's tag and value for an iteration; the copies "vs samples" are dropped: the JSONL has the samples."""
-        if tag.endswith(" vs samples") or tag.endswith(" ppl"):
+        if tag.endswith((" vs samples", " ppl")):
             return
         value = float(value)
         self._add(full_name(tag), value, iteration)
