@@ -72,6 +72,10 @@ class MTPDModel(HybridModel):
                 "--mtpd-kd-trunk-share and --mtpd-kd-embedding-share to the values of --mtpd-ce-..., or use dense "
                 "heads ('*-')."
             )
+        if self.mtp_process and self.share_embeddings_and_output_weights and not self.pre_process:
+            # The heads' embedding is the shared weight. megatron-core 0.19 keeps an unused one here, which its own
+            # checkpoint refuses.
+            self.output_layer.weight = None
         if self.mtp_process:
             self.mtp.register_forward_pre_hook(self._gate_heads, with_kwargs=True)
             if self.mtpd.clip_apart:

@@ -20,9 +20,11 @@ import inspect
 import logging
 import os
 import resource
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -67,10 +69,11 @@ class Patch:
         return owner, original
 
     def _changed(self, detail: str) -> RuntimeError:
+        installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
         package = "torch" if self.owner.startswith("torch") else "megatron-core"
         return RuntimeError(
-            f"Cannot patch {self.owner}.{self.attribute} ({self.why}): {detail}. Installed: {package} "
-            f"{importlib.metadata.version(package)}; the patch was written for megatron-core {WRITTEN_FOR}. "
+            f"Cannot patch {self.owner}.{self.attribute} ({self.why}): {detail}. Installed is {package} "
+            f"{installed.get(package, '(none)')}; the patch was written for megatron-core {WRITTEN_FOR}. "
             f"Install megatron-core=={WRITTEN_FOR}, or adapt megatron_mtpd/platform.py."
         )
 
@@ -95,16 +98,7 @@ class _Stream:
     def record_event(self, event: Any = None) -> Any:
         return event or self
 
-    def record(self, stream: Any = None) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
     def synchronize(self) -> None: ...
-
-
-@contextmanager
-def _stream_context(stream: Any):
-    yield
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
@@ -148,7 +142,8 @@ def _named_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
     """Bytes that the process holds, in the place of what the GPU's allocator holds."""
-    now, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    now = psutil.Process().memory_info().rss
+    peak = max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # the kernel updates it late
     stats = {"allocation.all.current": 0}
     for kind in ("allocated_bytes", "reserved_bytes"):
         stats |= {f"{kind}.all.current": now, f"{kind}.all.peak": peak}
@@ -170,8 +165,7 @@ _TORCH_WITHOUT_CUDA = (
     Patch("torch.cuda", "synchronize", _replace(_nothing), "timers and checkpoints wait", ("device",)),
     Patch("torch.cuda", "Stream", _replace(_Stream), "gradients and transfers have streams"),
     Patch("torch.cuda", "current_stream", _returns(_Stream()), "streams wait for it", ("device",)),
-    Patch("torch.cuda", "stream", _replace(_stream_context), "work is queued on a stream", ("stream",)),
-    Patch("torch.cuda", "Event", _replace(_Stream), "streams wait for events"),
+    Patch("torch.cuda", "stream", _replace(nullcontext), "work is queued on a stream", ("stream",)),
     Patch("torch.cuda", "memory_stats", _replace(_memory_stats), "TensorBoard shows it", ("device",)),
     Patch("torch.cuda.memory", "memory_stats", _replace(_memory_stats), "the log shows it", ("device",)),
     Patch("torch.cuda", "get_rng_state", _replace(_get_rng_state), "checkpoints keep it", ("device",)),
@@ -181,10 +175,8 @@ _TORCH_WITHOUT_CUDA = (
     Patch("torch:Tensor", "cuda", _replace(_itself), "batches move to the device"),
     Patch("torch.nn:Module", "cuda", _replace(_itself), "models move to the device", ("device",)),
     Patch("torch:Tensor", "type", _named_as_cuda, "optimizers compare type names"),
-    *(
-        Patch("torch", factory, _on_cpu, "tensors are made on the device named cuda")
-        for factory in ("tensor", "zeros", "ones", "empty", "empty_like")
-    ),
+    Patch("torch", "tensor", _on_cpu, "small ones are made on the device named cuda"),
+    Patch("torch", "zeros", _on_cpu, "small ones are made on the device named cuda"),
 )
 
 # --- Megatron without CUDA, without Transformer Engine -------------------------------------------------------
@@ -235,6 +227,10 @@ _MEGATRON_WITHOUT_CUDA = (
         ("tensor", "as_numpy", "record_stream"),
     ),
 )
+
+
+def _only_with_makefile(compile_helpers: Callable[[], None]) -> Callable[..., None]:
+    return compile_helpers if Path(inspect.getfile(compile_helpers)).with_name("Makefile").exists() else _nothing
 
 
 class Adam(torch.optim.Optimizer):
@@ -289,19 +285,26 @@ class Adam(torch.optim.Optimizer):
 
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 _WITHOUT_FUSED_ADAM = (
-    Patch("megatron.core.optimizer", "Adam", _replace(Adam), "its checkpoints can be loaded"),
-    Patch("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", _replace(False), "Adam is like the fused"),
-    Patch(_DISTRIBUTED, "Adam", _replace(Adam), "Adam is like the fused"),
-    Patch(_DISTRIBUTED, "HAVE_APEX_OR_TE", _replace(True), "Adam is like the fused"),
-    Patch(_DISTRIBUTED, "USING_APEX_OPTIMIZER", _replace(True), "Adam is like apex's"),
+    Patch("megatron.core.optimizer", "Adam", _replace(Adam), "the class that is built"),
+    Patch("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", _replace(False), "it takes adam_w_mode"),
+    Patch(_DISTRIBUTED, "Adam", _replace(Adam), "the class that is accepted"),
+    Patch(_DISTRIBUTED, "HAVE_APEX_OR_TE", _replace(True), "its step count is in the group"),
+    Patch(_DISTRIBUTED, "USING_APEX_OPTIMIZER", _replace(True), "its step count is in the group"),
 )
 
 _EVERYWHERE = (
     Patch(
+        f"{_DISTRIBUTED}:DistributedOptimizer",
+        "load_parameter_state_from_dp_reshardable",
+        torch.no_grad(),
+        "writes into parameters that require gradients when these are fp32",
+        ("state_dict",),
+    ),
+    Patch(
         "megatron.core.datasets.utils",
         "compile_helpers",
-        _replace(_nothing),
-        "the wheel holds the compiled helper, and no Makefile",
+        _only_with_makefile,
+        "runs make, but the wheel holds the compiled helper and no Makefile",
         (),
     ),
     Patch(
@@ -334,11 +337,13 @@ def setup() -> None:
     if _done:
         return
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "TORCHDYNAMO_DISABLE", "1"
-        )  # compiling small functions takes the first step 24 s
+        # Compiling Megatron's elementwise functions would take the first step 24 s, and gain nothing here.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_not_one_generator)
-    resolved = [(patch, *patch.resolve()) for patch in patches()]
+    with warnings.catch_warnings():
+        # Megatron's modules say at import what they do without it; that is what we are here for.
+        warnings.filterwarnings("ignore", r"(?i).*(transformer[ -]engine|apex)", UserWarning)
+        resolved = [(patch, *patch.resolve()) for patch in patches()]
     for patch, owner, original in resolved:
         setattr(owner, patch.attribute, patch.make(original))
     _done = True
@@ -390,6 +395,7 @@ _NEED_CUDA = (
     _Needs("--cuda-graph-impl", lambda value: value != "none", {}),
     _Needs("--enable-cuda-graph"),
     _Needs("--moe-token-dispatcher-type", lambda value: value == "flex", {}),
+    _Needs("--ckpt-fully-parallel-load"),  # it receives shards in the place of parameters
 )
 _NEED_TRANSFORMER_ENGINE = (
     _Needs("--transformer-impl", lambda value: value != "local", {}),
@@ -401,7 +407,7 @@ _NEED_TRANSFORMER_ENGINE = (
     _Needs("--moe-router-fusion"),
     _Needs("--cross-entropy-fusion-impl", lambda value: value == "te", {}),
     _Needs("--tp-comm-overlap"),
-    _Needs("--recompute-modules", lambda value: {"layernorm", "moe_act"} & set(value), {"nargs": "*"}),
+    _Needs("--recompute-modules", lambda value: not {"layernorm", "moe_act"}.isdisjoint(value), {"nargs": "*"}),
 )
 
 

@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+from toy import TOKENS_PER_STEP, final_validation, metrics_file, records
+
+from megatron_mtpd.provenance import provenance
+
 TITLES = {"mtp": "plain MTP", "mtpd": "MTP-D"}
-HEAD_METRICS = {
-    "cross_entropy": "cross_entropy",
-    "kl": "distillation",
-    "acceptance_rate": "acceptance_rate",
-    "cumulative_acceptance_rate": "cumulative_acceptance_rate",
-    "overlap": "overlap",
-}
 
 
-def records(path: Path) -> list[dict]:
-    """All records of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def summarize(out: Path, commands: dict[str, list[str]], tokens: int, seed: int) -> dict:
+def summarize(out: Path, commands: dict[str, list[str]], steps: int, seed: int) -> dict:
     """Losses and acceptance by head at the end of training, on validation text; written to summary.json."""
     summary: dict = {}
-    for variant in commands:
-        run = records(out / "tensorboard" / variant / "metrics.jsonl")
-        last = next(r for r in reversed(run) if "lm loss validation" in r)
-        num_heads = sum(f"overlap/head_{k} validation" in last for k in range(1, 65))
-        summary[variant] = {
-            "main_loss": last["lm loss validation"],
-            "tokens_per_step": last["tokens_per_step/greedy validation"],
-            "heads": [
-                {name: last[f"{tag}/head_{k} validation"] for name, tag in HEAD_METRICS.items()}
-                for k in range(1, num_heads + 1)
-            ],
-            "curve": [[r["iteration"], r["lm loss"]] for r in run if "lm loss" in r],
-        }
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    summary["provenance"] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or None,
-        "training_tokens": tokens,
-        "seed": seed,
-        "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-mtpd")},
-    }
+    for variant, command in commands.items():
+        curve = [[r["iteration"], r["lm loss"]] for r in records(metrics_file(command)) if "lm loss" in r]
+        summary[variant] = {**final_validation(command), "curve": curve}
+    summary["provenance"] = {**provenance(), "training_tokens": steps * TOKENS_PER_STEP, "seed": seed}
     partial = out / "summary.json.part"
     partial.write_text(json.dumps(summary, indent=1))
     partial.rename(out / "summary.json")

@@ -1,8 +1,7 @@
-"""Files and directories that appear whole or not at all.
+"""Files and directories that appear whole or not at all, and the copying of bytes between them.
 
 `written_whole` puts a file in its place only when all of it is on disk; `assembled` does the same for a
-directory. `placed` gives a directory a file of another one, by hard link where the file system can, by
-copying where not.
+directory.
 """
 
 from __future__ import annotations
@@ -85,22 +84,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def placed(source: Path, target: Path, progress: Callable[[int], object], copy: bool = False) -> bool:
-    """Make `target` a hard link to `source`, or a copy of it where links are not possible or not wanted.
-
-    `progress` is told of bytes that were copied. Returns whether it was linked.
+def can_link(source: Path, directory: Path) -> bool:
+    """Whether files of that directory can have a second name here: the same file system, and one with hard
+    links.
     """
-    if not copy:
-        try:
-            os.link(source, target)
-            return True
-        except OSError:  # another file system, or one without hard links
-            pass
-    with source.open("rb") as reader, target.open("wb") as writer:
-        copied(reader, writer, source.stat().st_size, progress)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return False
+    probe = directory / ".link"
+    try:
+        os.link(source.resolve(), probe)
+    except OSError:
+        return False
+    probe.unlink()
+    return True
 
 
 def copied(reader: IO[bytes], writer: IO[bytes], length: int, progress: Callable[[int], object]) -> None:
@@ -114,6 +108,14 @@ def copied(reader: IO[bytes], writer: IO[bytes], length: int, progress: Callable
         writer.write(block)
         progress(len(block))
         length -= len(block)
+
+
+def readable(count: int) -> str:
+    """A number of bytes for people: 8.1 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
 
 
 class Progress:

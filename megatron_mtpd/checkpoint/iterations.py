@@ -16,15 +16,16 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.integrity import Problem, is_finished, verify
 from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE: Final = "release"
-Iteration = int | Literal["release"]
+RELEASE = "release"
+Iteration = int | str
+"""A number, or `release`."""
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def _iterations(root: Path) -> list[Iteration]:
 
 
 def _age(iteration: Iteration) -> int:
-    return -1 if iteration == RELEASE else iteration
+    return -1 if iteration == RELEASE else int(iteration)
 
 
 def _look(root: Path, iteration: Iteration) -> Saved:
@@ -140,7 +141,7 @@ def check_loadable(root: Path, iteration: int | None = None, full: bool = True) 
             good = None if team.verify(directory_of(root, candidate), full) else candidate
         raise CheckpointError(_message(root, directory, problems, good))
     if team.rank == 0 and chosen != RELEASE:
-        for saved in (_look(root, later) for later in _iterations(root) if _age(later) > chosen):
+        for saved in (_look(root, later) for later in _iterations(root) if _age(later) > _age(chosen)):
             if saved.state != "complete":
                 logger.warning("Passing over %s, which is %s: %s", saved.directory, saved.state, saved.problems[0])
     return chosen

@@ -14,11 +14,11 @@ persistent ids that `torch.save` writes.
 
 from __future__ import annotations
 
-import collections
 import copyreg
 import io
 import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ PROTOCOL = 2
 """What torch.save writes, and the newest whose memo indices are explicit: `dumps` adds entries of its own."""
 
 _CONTAINERS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("__builtin__", "set"): set,  # the names of protocol 2

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -52,7 +53,8 @@ def train_valid_test_datasets_provider(
     def is_built_on_rank() -> bool:
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return False  # the first tensor-parallel rank broadcasts to the others
-        return parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+        ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+        return ends or _masks_every_stage(args)
 
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(
@@ -63,18 +65,24 @@ def train_valid_test_datasets_provider(
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron
 
 
+def _masks_every_stage(args: Namespace) -> bool:
+    """Whether the attention mask says more than that attention is causal, so that the middle stages need it too."""
+    return args.reset_attention_mask and args.create_attention_mask_in_dataloader
+
+
 def get_batch(
     data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
 ) -> dict[str, Any]:
     """This rank's part of the next micro-batch: the entries of `BATCH_KEYS`, [b, s], or None where not needed here.
 
     The first tensor-parallel rank reads and broadcasts; under context parallelism each rank keeps its part of the
-    sequence. Heads need tokens as well as labels, so the stage that holds them gets both.
+    sequence. Heads need tokens as well as labels, so the stage that holds them gets both; a stage in the middle gets
+    the attention mask where documents are told apart.
     """
     args = get_args()
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    if not (first or last):
+    if not (first or last or _masks_every_stage(args)):
         return dict.fromkeys(BATCH_KEYS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -83,6 +91,8 @@ def get_batch(
             raise RuntimeError("This rank has to read the data and got no iterator.")
         data = next(data_iterator)
         batch = {key: data[key].cuda(non_blocking=True) if key in data else None for key in BATCH_KEYS}
+    if not (first or last):  # for these Megatron has nothing: their layers would see across documents
+        return dict.fromkeys(BATCH_KEYS) | {"attention_mask": _broadcast_mask(batch.get("attention_mask"), args)}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -104,3 +114,15 @@ def get_batch(
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
     )
+
+
+def _broadcast_mask(mask: Tensor | None, args: Namespace) -> Tensor:
+    if mask is None:
+        shape = (args.micro_batch_size, 1, args.seq_length, args.seq_length)
+        mask = torch.empty(shape, dtype=torch.bool, device=torch.cuda.current_device())
+    source, group = (
+        parallel_state.get_tensor_model_parallel_src_rank(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+    torch.distributed.broadcast(mask, source, group=group)
+    return mask

@@ -36,7 +36,7 @@ class Progress:
                 desc=label,
                 total=total_bytes,
                 file=self._stream,
-                bar_format="{desc}: {percentage:3.0f}%|{bar:20}|{postfix} [{elapsed}<{remaining}]",
+                bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}",
             )
 
     def update(self, position: int, documents: int, text_bytes: int) -> None:

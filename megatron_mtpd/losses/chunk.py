@@ -1,70 +1,32 @@
-"""Losses and gradients of all heads on one block of logits, in few passes over the vocabulary and in place.
+"""Losses and gradients of all heads on one block of logits: few passes over the vocabulary, and in place.
 
-A block holds the logits of the main head and of K heads for the same R target tokens, [1 + K, R, V / tp]. The losses of
-`objectives.py` come out as one number a row, and the block is overwritten by their gradient. With q the student's
-softmax, p the teacher's (both at the distillation's temperature T), the gradient of every objective has one form,
+A block holds the logits of the main head and of K heads for the same R target tokens, [1 + K, R, V / tp]. Out come the
+losses of `objectives.py`, one number a row, and the block is overwritten by their gradient. The passes are here, what is
+done with a row's numbers is in `rows.py`; of tensor parallelism a block knows the two collectives of row-sized numbers.
 
-    d D / d z = c1 * (q * f) + c2 * q + c3 * w            c1, c2, c3: one number a row
-
-    ==========  =======================  ==========================================================
-    topn_kl     f = [v in S], w = p * f  c1 = T / sum(q f), c3 = -T / sum(p f)
-    kl          w = p                    c2 = T, c3 = -T
-    reverse_kl  f = log(q / p) + const   c1 = T, c2 = -T * sum(q f)
-    tv          f = sign(p - q)          c1 = -1 / 2T, c2 = sum(q f) / 2T
-    lk          f = sign(p - q), w = p   lam * kl + (1 - lam) * tv, lam a number a row
-    e2e_tv      as tv: the caller's weights hold what a head's acceptance is worth
-    ==========  =======================  ==========================================================
-
-and that of cross-entropy is q - onehot, so that a head's whole gradient is its softmax times one number a row plus two
-such products. Under tensor parallelism each rank holds a slice of the vocabulary; a block costs one all-gather of its
-rows' softmax statistics and one all-reduce of its rows' sums, of all heads together.
-
-The contract: numbers are fp32 or fp64; a logit below `LOWEST` (-inf) counts as `LOWEST`. This function is all that a faster
-kernel has to replace. Deliberately absent: hidden states, positions, reduction over rows.
+`block_losses` is all that a faster kernel has to replace. Numbers are fp32 or fp64; a logit below `LOWEST` (-inf) counts
+as `LOWEST`. Deliberately absent: hidden states, positions, masks, reduction over rows.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-import math
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
+from megatron_mtpd.losses import rows
+from megatron_mtpd.losses.rows import FORWARD_KL, TOTAL_VARIATION, RowLosses, RowWeights, Statistics, Sums
 from megatron_mtpd.losses.vocab_parallel import Group
 
 LOWEST = -1e30  # finite, because 0 * inf is not 0
-FORWARD_KL = ("topn_kl", "kl", "lk")
-TOTAL_VARIATION = ("tv", "lk", "e2e_tv")
-
-
-class RowLosses(NamedTuple):
-    """Of each row of a block or of all, the same on all ranks. [1 + K, R] and four times [K, R]."""
-
-    cross_entropy: Tensor
-    distillation: Tensor
-    """The objective; of e2e_tv: 1 - `distillation_overlap`."""
-    agree: Tensor
-    """bool: main head and head have the same argmax, the lowest id among equals."""
-    overlap: Tensor
-    """alpha = sum_v min(p, q) at temperature 1."""
-    distillation_overlap: Tensor
-    """alpha at the distillation's temperature; filled for tv, lk and e2e_tv."""
-
-
-class RowWeights(NamedTuple):
-    """Upstream gradient of each row's losses: cross-entropy [1 + K, R], distillation [K, R] (None: no gradient of it)."""
-
-    cross_entropy: Tensor
-    distillation: Tensor | None
 
 
 @torch.no_grad()
 def block_losses(
-    z: Tensor,
+    logits: Tensor,
     labels: Tensor,
     config: MTPDConfig,
     cut: Tensor | None = None,
@@ -75,119 +37,153 @@ def block_losses(
     """Losses of a block of logits, which is overwritten by its gradient.
 
     Args:
-        z: [1 + K, R, V / tp] contiguous fp32 or fp64 logits: the main head's, then those of heads 1..K.
-        labels: int64 [R], of all heads alike.
-        cut: [R], of topn_kl: logits of the main head that are at least this are its top-N. None: the whole vocabulary.
-        weights: with them, z becomes the gradient of the weighted sum of all losses; without, anything.
-        kd_gradient: [K, R, V / tp]: the distillation's gradient goes here instead of into z.
+        logits: contiguous [1 + K, R, V / tp], fp32 or fp64: the main head's, then those of heads 1..K.
+        labels: int64 [R], the same for all heads.
+        cut: [R], of topn_kl: the main head's logits that reach it are its top-N. None: all are.
+        weights: with them, `logits` becomes the gradient of the weighted sum of all losses; without, anything.
+        kd_gradient: [K, R, V / tp], takes the distillation's gradient, which is then not in `logits`.
     """
-    z.clamp_(min=LOWEST)
-    top, first = _max_and_first(z)
-    local = labels - (tp_group.rank() * z.shape[-1] if tp_group is not None else 0)
-    is_here = (local >= 0) & (local < z.shape[-1])
-    label_index = local.clamp(0, z.shape[-1] - 1).expand(len(z), -1).unsqueeze(-1)
-    label_logit = torch.where(is_here, z.gather(-1, label_index).squeeze(-1), 0.0)
+    size, ranks = logits.shape[-1], tp_group.size() if tp_group is not None else 1
+    labels = labels - tp_group.rank() * size if tp_group is not None else labels
+    is_here = (labels >= 0) & (labels < size)
+    label_index = labels.clamp(0, size - 1).expand(len(logits), -1).unsqueeze(-1)
+    logits.clamp_(min=LOWEST)
+    top, first = _max_and_first(logits)
+    label_logit = torch.where(is_here, logits.gather(-1, label_index).squeeze(-1), 0.0)
 
-    # Whatever needs logits comes before the softmax that overwrites them.
-    objective, temperature = config.objective, config.temperature
-    x = z if temperature == 1.0 else z / temperature
-    scratch = torch.empty_like(z[1:]) if kd_gradient is None else kd_gradient
+    block, of_softmax = _softmax_(logits, top, first, config, cut, kd_gradient)
+    statistics = Statistics(top, first, label_logit, *of_softmax)
+    if tp_group is not None and ranks > 1:
+        whole = rows.gather_statistics(statistics, size, tp_group)
+        _renormalise_(block, statistics, whole)
+        statistics = whole
+    sums = _sums(block, config)
+    if tp_group is not None and ranks > 1:
+        sums = rows.reduce_sums(sums, tp_group)
+
+    has_top = cut is not None
+    if weights is not None:
+        c = rows.Coefficients()
+        if weights.distillation is not None:
+            c = rows.coefficients(config, has_top, statistics, sums, weights.distillation)
+        _gradient_(logits, block, weights.cross_entropy, c, is_apart=kd_gradient is not None)
+        onehot = torch.where(is_here, -weights.cross_entropy, 0.0)
+        logits.scatter_add_(-1, label_index, onehot.unsqueeze(-1))
+    return rows.losses(config, has_top, statistics, sums)
+
+
+class _Block(NamedTuple):
+    """Vocabulary-sized tensors of a block. p, w: [R, V / tp]; the others [K, R, V / tp]."""
+
+    p: Tensor
+    """Softmax of the main head at temperature 1."""
+    q: Tensor
+    """The heads', in the place of their logits."""
+    p_kd: Tensor
+    q_kd: Tensor
+    """Both at the distillation's temperature; the same tensors at temperature 1."""
+    w: Tensor
+    """p_kd, 0 outside the top-N set."""
+    f: Tensor | None
+    """The factor f of `rows.py` where it has to be made of logits."""
+    scratch: Tensor
+    """At last q * f."""
+
+
+def _max_and_first(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and its id, the lowest of equals. [..., V] -> [...], int64 [...]."""
+    # Maxima of short pieces first: one fast pass. torch.argmax takes ten times as long.
+    pieces = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], 256)))
+    maxima = pieces.amax(-1)
+    top = maxima.amax(-1, keepdim=True)
+    piece = _first_true(maxima == top).unsqueeze(-1)
+    values = pieces.gather(-2, piece.unsqueeze(-1).expand(*piece.shape, pieces.shape[-1])).squeeze(-2)
+    return top.squeeze(-1), piece.squeeze(-1) * pieces.shape[-1] + _first_true(values == top)
+
+
+def _first_true(x: Tensor) -> Tensor:
+    size = x.shape[-1]
+    return torch.where(x, torch.arange(size, device=x.device), size - 1).amin(-1)
+
+
+def _softmax_(
+    z: Tensor, top: Tensor, first: Tensor, config: MTPDConfig, cut: Tensor | None, scratch: Tensor | None
+) -> tuple[_Block, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Turns the heads' logits into softmaxes. Also returns lse, lse_kd, dot and mass (`Statistics`)."""
+    at_first = first.unsqueeze(-1)
+
+    def log_sum_exp(p: Tensor, q: Tensor, highest: Tensor) -> Tensor:
+        # The softmax at the maximum is 1 / sum exp(z - maximum): no further pass.
+        largest = torch.cat([p.unsqueeze(0).gather(-1, at_first[:1]), q.gather(-1, at_first[1:])])
+        return highest - largest.squeeze(-1).log()
+
+    x = z if config.temperature == 1.0 else z / config.temperature
+    scratch = torch.empty_like(z[1:]) if scratch is None else scratch
     p = torch.softmax(z[0], -1)
     p_kd = p if x is z else torch.softmax(x[0], -1)
-    inside = None if cut is None else torch.ge(z[0], cut.unsqueeze(-1), out=torch.empty_like(p))
-    w = p_kd if inside is None else p_kd * inside
-    teacher_mass, dot = torch.ones_like(top[0]), torch.zeros_like(top)
-    if objective in FORWARD_KL:
-        teacher_mass = w.sum(-1)
+    w, f = p_kd, None
+    if cut is not None:
+        f = torch.ge(z[0], cut.unsqueeze(-1), out=torch.empty_like(p))
+        w = p_kd * f
+    mass, dot = torch.ones_like(top[:1]), torch.zeros_like(top)
+    if config.objective in FORWARD_KL:
+        mass[0] = w.sum(-1)
         dot[0] = (w * x[0]).sum(-1)
         dot[1:] = torch.mul(x[1:], w, out=scratch).sum(-1)
-    difference = x[1:] - x[0] if objective == "reverse_kl" else None
+    elif config.objective == "reverse_kl":
+        f = x[1:] - x[0]
     q = torch.softmax(z[1:], -1, out=z[1:])
     q_kd = q if x is z else torch.softmax(x[1:], -1, out=x[1:])
+    lse = log_sum_exp(p, q, top)
+    lse_kd = lse if x is z else log_sum_exp(p_kd, q_kd, top / config.temperature)
+    return _Block(p, q, p_kd, q_kd, w, f, scratch), (lse, lse_kd, dot, mass)
 
-    # exp(0) / sum exp(z - top) is the softmax at the maximum, which gives log-sum-exp without another pass.
-    at_first = first.unsqueeze(-1)
-    lse = top - torch.cat([p.gather(-1, at_first[0]), q.gather(-1, at_first[1:]).flatten(0, 1)]).view_as(top).log()
-    lse_kd = lse
-    if x is not z:
-        at_top = torch.cat([p_kd.gather(-1, at_first[0]), q_kd.gather(-1, at_first[1:]).flatten(0, 1)])
-        lse_kd = top / temperature - at_top.view_as(top).log()
-    if tp_group is not None and tp_group.size() > 1:
-        stats = _Statistics(top, first, label_logit, lse, lse_kd, dot, teacher_mass.expand_as(top))
-        whole = _all_ranks(stats, z.shape[-1], tp_group)
-        for softmax, here, everywhere in (
-            (p, lse[0], whole.lse[0]),
-            (q, lse[1:], whole.lse[1:]),
-            *([] if x is z else [(p_kd, lse_kd[0], whole.lse_kd[0]), (q_kd, lse_kd[1:], whole.lse_kd[1:])]),
-            *([] if w is p_kd else [(w, lse_kd[0], whole.lse_kd[0])]),
-        ):
-            softmax.mul_((here - everywhere).exp().unsqueeze(-1))
-        top, first, label_logit, lse, lse_kd, dot, teacher_mass = whole
-        teacher_mass = teacher_mass[0]
 
-    overlap = torch.minimum(q, p, out=scratch).sum(-1)
-    overlap_kd = overlap
-    if x is not z and objective in TOTAL_VARIATION:
-        overlap_kd = torch.minimum(q_kd, p_kd, out=scratch).sum(-1)
-    if objective == "reverse_kl":
-        torch.mul(q_kd, difference, out=scratch)
-    elif objective in TOTAL_VARIATION:
-        torch.sub(p_kd, q_kd, out=scratch).sign_().mul_(q_kd)
-    elif inside is not None:
-        torch.mul(q_kd, inside, out=scratch)
-    has_f = objective != "kl" and (objective != "topn_kl" or inside is not None)
-    sum_qf = scratch.sum(-1) if has_f else torch.ones_like(overlap)
-    if tp_group is not None and tp_group.size() > 1:
-        sums = torch.stack([overlap, overlap_kd, sum_qf if has_f else torch.zeros_like(overlap)])
-        dist.all_reduce(sums, group=tp_group)
-        overlap, overlap_kd, sum_qf = sums[0], sums[1], sums[2] if has_f else sum_qf
+def _renormalise_(block: _Block, here: Statistics, whole: Statistics) -> None:
+    """Softmaxes over this rank's slice become slices of the softmax."""
+    share, share_kd = (here.lse - whole.lse).exp(), (here.lse_kd - whole.lse_kd).exp()
+    block.p.mul_(share[0].unsqueeze(-1))
+    block.q.mul_(share[1:].unsqueeze(-1))
+    if block.p_kd is not block.p:
+        block.p_kd.mul_(share_kd[0].unsqueeze(-1))
+        block.q_kd.mul_(share_kd[1:].unsqueeze(-1))
+    if block.w is not block.p_kd:
+        block.w.mul_(share_kd[0].unsqueeze(-1))
 
-    # Values.
-    squared = temperature**2
-    student_mass = sum_qf.clamp(min=torch.finfo(z.dtype).tiny)
-    kl = tv = lam = None
-    if objective in FORWARD_KL:
-        kl = (dot[0] - dot[1:]) / teacher_mass - (lse_kd[0] + teacher_mass.log()) + lse_kd[1:]
-        if inside is not None:
-            kl = kl + student_mass.log()
-        kl = kl * squared
-    if objective in TOTAL_VARIATION:
-        tv = 1.0 - overlap_kd
-    if objective == "reverse_kl":
-        distillation = (sum_qf - lse_kd[1:] + lse_kd[0]) * squared
-    elif objective == "lk":
-        lam = torch.exp(-config.lk_eta * overlap_kd)
-        distillation = lam * kl + (1.0 - lam) * tv
+
+def _sums(block: _Block, config: MTPDConfig) -> Sums:
+    """Leaves q * f in `block.scratch`."""
+    scratch = block.scratch
+    overlap = overlap_kd = torch.minimum(block.q, block.p, out=scratch).sum(-1)
+    if block.q_kd is not block.q and config.objective in TOTAL_VARIATION:
+        overlap_kd = torch.minimum(block.q_kd, block.p_kd, out=scratch).sum(-1)
+    if config.objective in TOTAL_VARIATION:
+        torch.sub(block.p_kd, block.q_kd, out=scratch).sign_().mul_(block.q_kd)
+    elif block.f is not None:
+        torch.mul(block.q_kd, block.f, out=scratch)
     else:
-        distillation = kl if tv is None else tv
-    losses = RowLosses(lse - label_logit, distillation, first[1:] == first[0], overlap, overlap_kd)
-    if weights is None:
-        return losses
+        return Sums(overlap, overlap_kd, torch.ones_like(overlap))
+    return Sums(overlap, overlap_kd, scratch.sum(-1))
 
-    # Gradients.
-    a = weights.cross_entropy
-    c1 = c2 = c3 = None
-    if weights.distillation is not None:
-        c_kl, c_tv = weights.distillation * temperature, weights.distillation / temperature
-        if objective == "reverse_kl":
-            c1, c2 = c_kl, -c_kl * sum_qf
-        elif objective == "topn_kl" and inside is not None:
-            c1, c3 = c_kl / student_mass, -c_kl / teacher_mass
-        elif objective in ("topn_kl", "kl"):
-            c2, c3 = c_kl, -c_kl
-        else:
-            if lam is not None:
-                c_kl, c_tv = c_kl * lam, c_tv * (1.0 - lam)
-                c3 = -c_kl
-            c1, c2 = c_tv * -0.5, c_tv * (0.5 * sum_qf)
-            if lam is not None:
-                c2 = c2 + c_kl
-    torch.mul(p, a[0].unsqueeze(-1), out=z[0])
-    if weights.distillation is None:
-        q.mul_(a[1:].unsqueeze(-1))
-    elif kd_gradient is None and x is z:
-        _combine_(q, q, scratch, w, a[1:] if c2 is None else a[1:] + c2, c1, c3)
+
+def _gradient_(z: Tensor, block: _Block, weight: Tensor, c: rows.Coefficients, is_apart: bool) -> None:
+    """Into z: the gradient but for the labels' own term. `weight` [1 + K, R] of the cross-entropies."""
+    torch.mul(block.p, weight[0].unsqueeze(-1), out=z[0])
+    weight = weight[1:]
+    if not is_apart and block.q_kd is block.q:
+        _combine_(block.q, block, c._replace(q=weight if c.q is None else weight + c.q))
     else:
-        ...
-    z.scatter_add_(-1, label_index, torch.where(is_here, -a, 0.0).unsqueeze(-1))
-    return losses
+        _combine_(block.scratch, block, c)
+        block.q.mul_(weight.unsqueeze(-1))
+        if not is_apart:
+            block.q.add_(block.scratch)
+
+
+def _combine_(out: Tensor, block: _Block, c: rows.Coefficients) -> None:
+    """out := c.qf * (q f) + c.q * q + c.w * w, where `out` is q or q f itself."""
+    for term, coefficient in ((block.scratch, c.qf), (block.q_kd, c.q)):
+        if term is out:
+            out.mul_(0.0 if coefficient is None else coefficient.unsqueeze(-1))
+    for term, coefficient in ((block.scratch, c.qf), (block.q_kd, c.q), (block.w, c.w)):
+        if term is not out and coefficient is not None:
+            out.addcmul_(term, coefficient.unsqueeze(-1))

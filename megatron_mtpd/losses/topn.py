@@ -56,7 +56,7 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
     count_low, count_high = torch.full_like(low, size), torch.zeros_like(low)
     guesses = [keys.of(g) for g in _guess(logits, n / size, tp_group)]
     for step in itertools.count():
-        is_open = (count_low != n) & (high - low > 1)
+        is_open = (count_low != n) & (low + 1 < high)
         num_open = int(is_open.sum())
         if 2 * num_open <= len(rows):
             cut[rows] = keys.values(low)
@@ -66,7 +66,7 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
                 x[is_open] for x in (rows, low, high, count_low, count_high, logits)
             )
             guesses = [g[is_open] for g in guesses]
-        halfway = low + (high - low) // 2
+        halfway = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         if guesses:
             probe = guesses.pop()
         elif step >= _TRUST and step % 2:
@@ -111,9 +111,7 @@ def _guess(logits: Tensor, share: float, tp_group: Group) -> tuple[Tensor, Tenso
     return bracket[0], -bracket[1]
 
 
-def _interpolate(
-    keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int
-) -> Tensor:
+def _interpolate(keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int) -> Tensor:
     """The key where a straight line between the counts at both ends reaches n."""
     start, end = keys.values(low).double(), keys.values(high).double()
     # The middle of the gap above the (count_low - n)-th logit of the bracket, were they equally far apart.

@@ -46,6 +46,7 @@ def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     parser.set_defaults(
         position_embedding_type="rope",  # Megatron's heads work with no other
         exit_signal_handler=True,  # SIGTERM saves and exits
+        dist_ckpt_optim_fully_reshardable=True,  # optimizer states load at any tensor and pipeline size too
         log_throughput=True,
         log_timers_to_tensorboard=True,
     )
