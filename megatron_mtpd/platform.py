@@ -175,8 +175,10 @@ _TORCH_WITHOUT_CUDA = (
     Patch("torch:Tensor", "cuda", _replace(_itself), "batches move to the device"),
     Patch("torch.nn:Module", "cuda", _replace(_itself), "models move to the device", ("device",)),
     Patch("torch:Tensor", "type", _named_as_cuda, "optimizers compare type names"),
-    Patch("torch", "tensor", _on_cpu, "small ones are made on the device named cuda"),
-    Patch("torch", "zeros", _on_cpu, "small ones are made on the device named cuda"),
+    Patch("torch", "tensor", _on_cpu, "losses and flags are made on the device named cuda"),
+    Patch("torch", "zeros", _on_cpu, "sums start on the device named cuda"),
+    Patch("torch", "empty", _on_cpu, "loading in parallel receives on the device named cuda"),
+    Patch("torch", "empty_like", _on_cpu, "loading in parallel receives on the device named cuda"),
 )
 
 # --- Megatron without CUDA, without Transformer Engine -------------------------------------------------------
@@ -395,7 +397,6 @@ _NEED_CUDA = (
     _Needs("--cuda-graph-impl", lambda value: value != "none", {}),
     _Needs("--enable-cuda-graph"),
     _Needs("--moe-token-dispatcher-type", lambda value: value == "flex", {}),
-    _Needs("--ckpt-fully-parallel-load"),  # it receives shards in the place of parameters
 )
 _NEED_TRANSFORMER_ENGINE = (
     _Needs("--transformer-impl", lambda value: value != "local", {}),

@@ -11,7 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("megatron-mtpd", "torch", "megatron-core", "transformer-engine", "deepspeed")
+PACKAGES = (
+    *("megatron-mtpd", "torch", "megatron-core", "transformer-engine", "deepspeed"),
+    *("sentencepiece", "tokenizers", "transformers"),
+)
 
 
 def provenance() -> dict[str, Any]:
@@ -21,7 +24,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "command": " ".join(sys.argv),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "hardware": _hardware(),
     }
 
@@ -38,7 +41,8 @@ def _commit() -> str | None:
         return None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Installed version of each of PACKAGES that is installed."""
     found = {}
     for package in PACKAGES:
         try:

@@ -23,6 +23,7 @@ LEGACY_FILE = "common.pt"
 
 _ACCEPTED = (
     *("argparse.Namespace", "types.SimpleNamespace", "pathlib", "signal", "io.BytesIO", "_codecs.encode"),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bytes", "complex", "range", "slice")),
     *("torch", "numpy", "megatron", "megatron_mtpd", "transformer_engine"),
 )
 """What arguments and schedules are made of. None of it is imported."""

@@ -123,11 +123,11 @@ class Progress:
     nothing if short.
     """
 
-    def __init__(self, label: str, total: int, every: float = 10.0) -> None:
+    def __init__(self, label: str | None, total: int, every: float = 10.0) -> None:
         self._label, self._total, self._every, self._done = label, total, every, 0
         self._start = self._said = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if label and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1.0, leave=False)
 
     def __call__(self, count: int) -> None:
@@ -135,7 +135,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(count)
-        elif now - self._said >= self._every:
+        elif self._label and now - self._said >= self._every:
             self._said = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_mtpd.checkpoint import integrity
 from megatron_mtpd.checkpoint.common_state import read_common_state
-from megatron_mtpd.checkpoint.files import Progress, readable
+from megatron_mtpd.checkpoint.files import readable
 from megatron_mtpd.checkpoint.iterations import list_checkpoints, resolve
 from megatron_mtpd.checkpoint.metadata import (
     CheckpointError,
@@ -70,19 +70,13 @@ def describe(load: Path, ckpt_step: int | None = None, full: bool = False) -> di
         "files": len(metadata.files()),
         "aliases": aliases(metadata),
         "arguments": {name: _plain(value) for name, value in sorted(args.items())},
-        "problems": [str(problem) for problem in _verify(metadata, full)],
+        "problems": [str(problem) for problem in integrity.verify(directory, full)],
         "verified": "every byte" if full else "presence and sizes",
         "tensors": {
             tensor.key: {"shape": list(tensor.shape), "dtype": tensor.dtype, "chunks": len(tensor.chunks)}
             for tensor in metadata.tensors.values()
         },
     }
-
-
-def _verify(metadata: Metadata, full: bool) -> list[integrity.Problem]:
-    total = sum(payload.length for payload in {payload for _, payload in metadata.payloads()})
-    with Progress("verify", total) as progress:
-        return integrity.verify(metadata.directory, full, progress=progress)
 
 
 def _parameters(metadata: Metadata) -> dict[str, Any]:

@@ -21,18 +21,21 @@ import hashlib
 import io
 import json
 import os
+import struct
 import zipfile
-from collections.abc import Callable, Iterable
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mtpd.checkpoint.files import BLOCK, written_whole
+from megatron_mtpd.checkpoint.files import BLOCK, Progress, written_whole
 from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError, Payload, read_metadata
 
 MANIFEST = "integrity.json"
 _DIGESTED = (METADATA, CONFIG)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError)
+"""What zipfile raises for damaged archives."""
 _THREADS = 4  # a rank of a full node should not take all of its cores
 
 
@@ -96,14 +99,12 @@ def verify(
     directory: Path,
     full: bool = True,
     share: tuple[int, int] = (0, 1),
-    progress: Callable[[int], object] = lambda count: None,
 ) -> list[Problem]:
     """What is wrong with a checkpoint's files; an empty list if nothing is.
 
     Without `full` it looks at presence, sizes and the metadata files: milliseconds. With it, every byte that
     a load can read is read and compared with its checksum. `share` = (i, n) reads the i-th of n equal parts
-    of the data, so that n processes read it once between them. `progress` is told of bytes as they are read,
-    from several threads.
+    of the data, so that n processes read it once between them; the first of them shows how far it is.
     """
     if not directory.is_dir():
         return [Problem(directory.name, "no such directory")]
@@ -138,8 +139,9 @@ def verify(
             problems[name] = f"truncated: {found:,} bytes, at least {least:,} were written"
     if full and metadata:
         payloads = sorted({p for _, p in metadata.payloads()}, key=lambda p: (p.file, p.offset))
-        damaged = _damaged((p for p in _part(payloads, *share) if p.file not in problems), directory, progress)
-        for payload, what in damaged:
+        payloads = [payload for payload in _part(payloads, *share) if payload.file not in problems]
+        label = f"verify {directory}" if share[0] == 0 else None
+        for payload, what in _damaged(payloads, directory, label):
             problems.setdefault(payload.file, f"bytes {payload.offset:,} to {payload.end:,} are damaged ({what})")
     return [Problem(name, what) for name, what in problems.items()]
 
@@ -155,21 +157,20 @@ def _part(payloads: list[Payload], index: int, count: int) -> list[Payload]:
     return part
 
 
-def _damaged(
-    payloads: Iterable[Payload], directory: Path, progress: Callable[[int], object]
-) -> list[tuple[Payload, str]]:
+def _damaged(payloads: list[Payload], directory: Path, label: str | None) -> list[tuple[Payload, str]]:
     def check(payload: Payload) -> str | None:
         try:
             with (directory / payload.file).open("rb") as file:
                 what = _bad_record(_Window(file.fileno(), payload))
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        except _UNREADABLE as error:
             what = str(error)
         progress(payload.length)
         return what
 
-    payloads = list(payloads)
-    with ThreadPoolExecutor(_THREADS) as threads:  # reading and checksums both release the interpreter's lock
-        return [(payload, what) for payload, what in zip(payloads, threads.map(check, payloads), strict=True) if what]
+    # Reading and checksums both release the interpreter's lock.
+    with Progress(label, sum(p.length for p in payloads)) as progress, ThreadPoolExecutor(_THREADS) as threads:
+        results = threads.map(check, payloads)
+        return [(payload, what) for payload, what in zip(payloads, results, strict=True) if what]
 
 
 def _bad_record(data: io.RawIOBase) -> str | None:

@@ -135,6 +135,8 @@ def _view(directory: Path, raw: Any) -> Metadata:
     objects: dict[str, Payload] = {}
     for index, info in raw.storage_data.items():
         payload = Payload(info.relative_path, info.offset, info.length)
+        if Path(payload.file).name != payload.file:
+            raise ValueError(f"it points outside of the checkpoint, at {payload.file}")
         offset = getattr(index, "offset", None)  # objects have none
         if offset is None:
             objects[index.fqn] = payload

@@ -32,10 +32,10 @@ import numpy as np
 
 from megatron_mtpd.data.accounting import EMPTY, BadRecord, Tally, report
 from megatron_mtpd.data.progress import Progress
-from megatron_mtpd.data.provenance import versions
 from megatron_mtpd.data.text import Record, TextFiles, parse
 from megatron_mtpd.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mtpd.data.whole_files import WholeFiles
+from megatron_mtpd.provenance import versions
 
 BATCH_BYTES = 256 * 2**10  # large enough to hide the cost of sending it, small enough for even work
 BATCHES_AHEAD = 4  # for each worker

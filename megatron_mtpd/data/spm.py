@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator
 
 from megatron_mtpd.data.accounting import Tally, report
 from megatron_mtpd.data.progress import Progress
-from megatron_mtpd.data.provenance import versions
 from megatron_mtpd.data.text import TextFiles, parsed
 from megatron_mtpd.data.whole_files import WholeFiles
+from megatron_mtpd.provenance import versions
 
 MODEL_TYPES = ("bpe", "unigram")
 CHUNK = 4000  # characters

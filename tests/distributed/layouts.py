@@ -79,8 +79,185 @@ def train(layout: Layout, toy: Toy) -> Step:
         for name, pair in rank.metrics.items():
             metrics[name] = metrics.get(name, 0) + pair
     assert all(rank.norms == ranks[0].norms for rank in ranks), [rank.norms for rank in ranks]
-    gradients, weights = ([part for rank in ranks for part in field] for field in zip(*(r[1:3] for r in ranks), strict=True)) if False else (
-        [rank.gradients for rank in ranks],
-        [rank.weights for rank in ranks],
+    return Step(
+        metrics,
+        _whole([part for rank in ranks for part in rank.gradients]),
+        _whole([part for rank in ranks for part in rank.weights]),
+        ranks[0].norms,
     )
-    return Step(metrics, _whole(gradients), _whole(weights), ranks[0].norms)
+
+
+def _whole(parts: list[Slice]) -> dict[str, Tensor]:
+    """Tensors from the slices of all ranks. Raises AssertionError where copies differ or something is missing."""
+    result: dict[str, Tensor] = {}
+    for part in parts:
+        whole = result.setdefault(part.name, torch.full(part.shape, float("nan")))[part.place]
+        known = ~whole.isnan()
+        # Copies are reduced to the same number, in an order of their own: the two embeddings of a pipeline for example.
+        error = (whole - part.value)[known].abs().sum() / part.value.abs().sum().clamp(min=1e-30)
+        assert error < 1e-6, f"{part.name}: the copies on two ranks differ by {error:.1e}, relative"
+        whole.copy_(part.value)
+    holes = [name for name, whole in result.items() if whole.isnan().any()]
+    assert not holes, f"no rank holds all of {holes}"
+    return result
+
+
+# On a rank -----------------------------------------------------------------------------------------------------------
+
+
+def step(layout: Layout, toy: Toy) -> Rank:
+    """One step, or `toy.optimizer_steps` of them, on this rank."""
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    model, optimizer = _build(layout, toy)
+    core = unwrap_model(model[0])
+    metrics, gradients, norms = {}, [], {}
+    for _ in range(max(1, toy.optimizer_steps)):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        if optimizer is not None:
+            optimizer.zero_grad()
+        metrics = _forward_backward(model, layout, toy)
+        if layout.distributed_optimizer:
+            _gather_reduced(model[0])
+        gradients = _slices(core, lambda parameter: parameter.main_grad.clone())
+        if optimizer is not None:
+            _, norm, _ = optimizer.step()
+            norms = {"trunk": norm} | optimizer.grad_norms_by_group
+    weights = _slices(core, lambda parameter: parameter.data) if optimizer is not None else []
+    return Rank(metrics, gradients, weights, norms)
+
+
+def _build(layout: Layout, toy: Toy) -> tuple[list, Any]:
+    """Model under DDP, with the toy's weights, and the optimizer or None."""
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        len(layout.stages),
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1 if layout.ep > 1 else None,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    _set_globals(layout, toy)
+    config = model_config(layout, toy)
+    model = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap,
+            grad_reduce_in_fp32=True,
+            bucket_size=5000 if layout.overlap else None,  # several buckets
+        ),
+    )
+    with torch.no_grad():
+        for part in _slices(unwrap_model(model[0]), lambda parameter: parameter.data):
+            part.value.copy_(initial_weight(toy, part.name, part.shape)[part.place])
+    config.transformer.finalize_model_grads_func = finalize_model_grads
+    if layout.overlap:
+        config.transformer.no_sync_func = model[0].no_sync
+    if not toy.optimizer_steps:
+        return model, None
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=LEARNING_RATE,
+            adam_eps=ADAM_EPS,
+            weight_decay=0.0,
+            clip_grad=toy.clip,
+            bf16=toy.bf16,
+            params_dtype=config.transformer.params_dtype,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+        model,
+    )
+    optimizer.reload_model_params()
+    config.transformer.grad_scale_func = optimizer.scale_loss
+    return model, optimizer
+
+
+def _set_globals(layout: Layout, toy: Toy) -> None:
+    """What our forward step asks of Megatron's globals."""
+    args = Namespace(
+        create_attention_mask_in_dataloader=toy.documents,
+        reset_attention_mask=toy.documents,
+        context_parallel_size=1,
+        micro_batch_size=toy.micro_batch_size,
+        seq_length=SEQUENCE,
+        mtp_num_layers=HEADS,
+        pipeline_model_parallel_size=len(layout.stages),
+        check_for_nan_in_loss_and_grad=False,
+        curr_iteration=0,
+        timing_log_level=0,
+        timing_log_option="minmax",
+    )
+    global_vars.set_args(args)
+    global_vars._set_timers(args)
+
+
+def _slices(model: torch.nn.Module, value_of: Callable[[Tensor], Tensor]) -> list[Slice]:
+    """A value of every parameter, of its shape, after the checkpoint's own map."""
+    parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    found: list[Slice] = []
+
+    def add(entry: Any) -> None:
+        if isinstance(entry, ShardedTensor):
+            value = entry.data[(None,) * entry.prepend_axis_num]
+            place = tuple(slice(o, o + n) for o, n in zip(entry.global_offset, value.shape, strict=True))
+            found.append(Slice(entry.key, tuple(entry.global_shape), place, value))
+        elif isinstance(entry, ShardedTensorFactory):  # a parameter that is several tensors of the checkpoint
+            add(entry.build())
+        elif isinstance(entry, dict | list | tuple):
+            for item in entry.values() if isinstance(entry, dict) else entry:
+                add(item)
+
+    for entry in model.sharded_state_dict().values():
+        data = getattr(entry, "data", None)
+        if torch.is_tensor(data) and data.data_ptr() in parameters:
+            entry.data = value_of(parameters[data.data_ptr()])
+            add(entry)
+    return found
+
+
+def _forward_backward(model: list, layout: Layout, toy: Toy) -> dict[str, Tensor]:
+    """The global batch through Megatron's schedule. Data-parallel rank r takes every dp-th micro-batch from the r-th on."""
+    whole, size = samples(toy), toy.micro_batch_size
+    micro_batches = [whole[i : i + size] for i in range(0, SAMPLES, size)]
+    mine = micro_batches[parallel_state.get_data_parallel_rank() :: layout.dp]
+    reduced = get_forward_backward_func()(
+        forward_step_func=_megatron_forward_step if toy.megatron else forward_step,
+        data_iterator=iter([{key: torch.stack([s[key] for s in part]) for key in part[0]} for part in mine]),
+        model=model,
+        num_microbatches=len(mine),
+        seq_length=SEQUENCE,
+        micro_batch_size=size,
+        forward_only=False,
+    )
+    if not reduced or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return {}
+    metrics = {name: torch.stack([m[name] for m in reduced]).sum(0) for name in reduced[0]}
+    if toy.megatron:  # it logs a sum of the means of micro-batches
+        means = MTPLossLoggingHelper.tracker["loss_values"]
+        metrics |= {f"ce/{k}": torch.stack([mean, mean.new_tensor(len(mine))]) for k, mean in enumerate(means, 1)}
+    return metrics
+
+
+def _megatron_forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    """Forward step and loss function as training scripts of Megatron have them."""
+    batch = get_batch(data_iterator)
+    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+
+    def loss_func(output: Tensor) -> tuple:
+        loss, tokens = (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
+        return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+    return output, loss_func
+
+
+def _gather_reduced(model: Any) -> None:
+    """With the distributed optimizer a rank holds reduced gradients of its part of every bucket: fetch the others'."""
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+        parallel = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            parts = list(bucket.grad_data.chunk(parallel.size()))
+            dist.all_gather(parts, parts[parallel.rank()].clone(), group=parallel)
+
+import sys; sys.path.insert(0, "/tmp/work/par"); import shim  # TEMPORARY

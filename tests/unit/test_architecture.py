@@ -37,7 +37,7 @@ RULES = {
         "torch megatron.core megatron.training.models megatron.training.vocab_utils",
     ),
     "data.datasets": May("config platform", "torch numpy megatron.core megatron.training"),
-    "data": May("config", "torch numpy megatron.core.datasets sentencepiece transformers tqdm"),
+    "data": May("config provenance", "torch numpy megatron.core.datasets sentencepiece transformers tqdm"),
     "training": May(
         "config platform provenance losses specs model data",
         "torch numpy megatron.core megatron.training tensorboard matplotlib tqdm deepspeed",

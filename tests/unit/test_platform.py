@@ -35,6 +35,7 @@ def test_the_cpu_stands_in_for_the_gpu():
     device = torch.cuda.current_device()
     assert device == torch.device("cpu")
     assert torch.tensor([1.0], device="cuda").device == torch.zeros(2, device="cuda:0").device == device
+    assert torch.empty_like(torch.empty(2, device="cuda"), device=torch.device("cuda", 0)).device == device
     assert torch.zeros(2, dtype=torch.int8).dtype == torch.int8  # other arguments pass through
     x = torch.ones(3)
     assert x.cuda(non_blocking=True) is x
@@ -212,7 +213,6 @@ REFUSED = [
     ("--moe-grouped-gemm", "Transformer Engine"),
     ("--moe-token-dispatcher-type flex", "a GPU"),
     ("--recompute-modules core_attn layernorm", "Transformer Engine"),
-    ("--ckpt-fully-parallel-load", "a GPU"),
 ]
 
 

@@ -1,0 +1,97 @@
+"""Attention with a cache of keys and values: the one module that decoding changes in the model.
+
+Contract: `cached_spec(config)` is the local spec of the layers with `CachedAttention` in the place of its core attention;
+parameters and checkpoint keys stay the same. While a `KVCache` is attached to the module, the keys and values of a pass
+are stored at their positions, and its queries see what the attention mask leaves visible of everything stored. Without
+one it is causal attention, as in training.
+
+Deliberately absent: paging, and quantised or sliding-window caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mtpd import platform
+from megatron_mtpd.specs import SDPAttention, local_norm, local_spec
+
+
+@dataclass(frozen=True)
+class Window:
+    """The positions that one pass computes.
+
+    Attributes:
+        slots: the rows of the caches, one for each row of the batch.
+        positions: int64 [b, s]. Each row increases; what is beyond its end repeats the cache's last position, which is
+            never visible.
+        visible: number of positions, from the first, that any query of the pass may see; None: every row starts at
+            position 0, so that the pass's own keys are all that there is.
+        mask: bool [b, 1, s, visible], True where a key is not to be seen; None with `visible` None.
+    """
+
+    slots: slice
+    positions: Tensor
+    visible: int | None
+    mask: Tensor | None
+
+
+class KVCache:
+    """Keys and values of one attention layer, [slots, capacity, groups, d] each, made at the first pass.
+
+    What has to be forgotten needs no erasing: a later pass writes over it, and until then no mask shows it.
+    """
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self._shape = (slots, capacity)
+        self.window: Window | None = None
+        self.keys = self.values = torch.empty(0)
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [s, b, groups, d] of the current window, and return what its queries may see: [t, b, groups, d]."""
+        if not self.keys.numel():  # zeros, not empty: a masked NaN times a weight of 0 would still be NaN
+            self.keys = key.new_zeros(*self._shape, *key.shape[2:])
+            self.values = torch.zeros_like(self.keys)
+        window = self.window
+        assert window is not None, "a pass sets its window first"
+        rows = torch.arange(window.positions.shape[0], device=key.device).unsqueeze(1)
+        for stored, new in ((self.keys, key), (self.values, value)):
+            stored[window.slots].index_put_((rows, window.positions), new.transpose(0, 1))
+        if window.visible is None:
+            return key, value
+        seen = (window.slots, slice(window.visible))
+        return self.keys[seen].transpose(0, 1), self.values[seen].transpose(0, 1)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot over another."""
+        if self.keys.numel():
+            self.keys[target] = self.keys[source]
+            self.values[target] = self.values[source]
+
+
+class CachedAttention(SDPAttention):
+    """SDPAttention whose keys and values may come from a `KVCache`."""
+
+    cache: KVCache | None = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As SDPAttention; with a cache, `attention_mask` is the one of its window."""
+        if self.cache is not None:
+            key, value = self.cache.extend(key, value)
+        return super().forward(query, key, value, attention_mask, *args, **kwargs)
+
+
+def cached_spec(config: TransformerConfig) -> ModuleSpec:
+    """The spec of the layers of a `HybridModel` that can decode; its last norm is put in place, as in training."""
+    platform.replace_norm(local_norm)
+    spec = local_spec(config)
+    attention = spec.submodules.attention_layer.submodules.self_attention  # pyright: ignore[reportOptionalMemberAccess]
+    attention.submodules.core_attention = CachedAttention
+    return spec

@@ -1,0 +1,288 @@
+"""Draft with the heads, verify with the main model: one step of a batch, with caches that are exact.
+
+Positions. A sequence has n committed tokens x_0 .. x_{n-1}. The main model has run on positions 0 .. n-2; the last token
+is known, but not yet processed. Head k at position i takes the hidden state of depth k-1 at i (depth 0: the main model,
+after its final norm) and the embedding of x_{i+k}, with the rotary embedding of i, and predicts x_{i+k+1}. So all heads
+draft at position n-2: head 1 from x_{n-1} the draft d_1 of x_n, head 2 from d_1 the draft d_2 of x_{n+1}, and so on. The
+main model then runs on x_{n-1}, d_1 .. d_K at positions n-1 .. n+K-1 at once. If it accepts a drafts, a + 1 tokens are
+committed: those, and its own next one.
+
+Which entries of a head's cache hold. Entry i of head k was computed from x_{i+k}, so it holds as long as that token does:
+with n committed tokens, entries i <= n-1-k. In training, head k at n-2 sees the entries up to n-2, each from the token
+that follows; the last k-1 of them need tokens that are only drafted. So when head k drafts it (re)computes all positions
+from its first entry that does not hold up to n-2, with the drafts of *this* step. What it sees is then exactly a forward
+pass over the committed tokens and the drafts. After a drafts are accepted, n' = n + a + 1 tokens are committed, and the
+entries from accepted drafts hold too: the first min(n-1, n'-1-k) of them. Their hidden states are kept for depth k+1,
+which may have to reach back one position further than depth k.
+
+Worked example, K = 3, committed x_0 .. x_5 (n = 6; all heads draft at position 4). `t` is a draft's token:
+
+    entry i of      0    1    2    3    4        holds   computed now
+    head 1 takes    x_1  x_2  x_3  x_4  x_5      0..4    4            drafts d_1 = t_6
+    head 2 takes    x_2  x_3  x_4  x_5  t_6      0..3    4 (3 held)   drafts d_2 = t_7
+    head 3 takes    x_3  x_4  x_5  t_6  t_7      0..2    3, 4         drafts d_3 = t_8
+
+d_1 is accepted, d_2 is not: n' = 8, x_6 = t_6, x_7 != t_7. Heads 1 and 2 keep entries 0..4 (head 2 took t_6 = x_6), head 3
+keeps 0..3: its entry 4 took t_7. The next draft is at position 6: heads 1 and 2 compute 5, 6, head 3 computes 4, 5, 6.
+
+Rounding. Plain decoding is the same code without heads. A pass over K+1 positions may use other matrix kernels than one
+over 1, so that logits differ in the last bits; the tokens differ only where the two largest logits are that close.
+
+Deliberately absent: queues of prompts (`generate`), pipeline parallelism, CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, vocab_max, vocab_offset
+from megatron_mtpd.model import MTPDModel
+from megatron_mtpd.speculative.attention import CachedAttention, Window
+from megatron_mtpd.speculative.sampling import Sampling, draw, verify
+from megatron_mtpd.speculative.state import State
+
+
+class Step(NamedTuple):
+    """What a step did, for each active slot."""
+
+    tokens: list[list[int]]
+    """The tokens committed: the accepted drafts and one more."""
+    num_drafted: list[int]
+
+
+class Decoder:
+    """Runs the main model and the first `num_heads` heads over the active slots of a `State`.
+
+    Args:
+        model: built with `attention.cached_spec`, in evaluation mode, the whole model on this tensor-parallel group.
+        num_heads: heads to draft with; 0 is plain decoding.
+        slots, capacity: sequences at once, and the most tokens of each, with room for a step's drafts behind.
+        vocab_size: ids from here on are padding of the embedding and never chosen.
+        sampling: how tokens are chosen.
+        min_confidence: a row stops drafting when a head gives its draft a probability (at temperature 1) below this;
+            that draft is dropped. 0: always draft with all heads.
+        mask_position_0: zero the token's embedding in the heads at position 0, as vLLM's DeepSeek heads do; training
+            does not.
+
+    Raises ValueError for a model or options that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: MTPDModel,
+        num_heads: int,
+        slots: int,
+        capacity: int,
+        vocab_size: int,
+        sampling: Sampling | None = None,
+        min_confidence: float = 0.0,
+        mask_position_0: bool = False,
+    ) -> None:
+        available = (model.config.mtp_num_layers or 0) if model.mtp_process else 0
+        if not 0 <= num_heads <= available:
+            raise ValueError(f"--num-heads {num_heads}: the model has {available} heads; give 0 (plain) to {available}.")
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"--min-confidence is {min_confidence}: give a probability between 0 and 1.")
+        if model.training:
+            raise ValueError("The model is in training mode: call model.eval() before decoding.")
+        self.model, self.num_heads, self.vocab_size = model, num_heads, vocab_size
+        self.sampling = sampling or Sampling()
+        self.min_confidence, self.mask_position_0 = min_confidence, mask_position_0
+        self.tp_group = model.pg_collection.tp if model.parallel_output else None
+        self.device = next(model.parameters()).device
+        repeated = model.config.mtp_use_repeated_layer
+        heads = [model.mtp.layers[0 if repeated else k] for k in range(num_heads)]
+        self._depths = [model.decoder, *heads]
+        self._attentions = [[m for m in d.modules() if isinstance(m, CachedAttention)] for d in self._depths]
+        if not self._attentions[0]:
+            raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
+        self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
+        self._rotary = _rotary_table(model, capacity + 1)
+
+    # One depth over one window --------------------------------------------------------------------------------
+
+    def _run(self, depth: int, window: Window, hidden: Tensor | None = None) -> Tensor:
+        """Hidden states [s, b, h] of a depth, after its final norm; its caches are extended."""
+        state, model = self.state, self.model
+        rotary = None if self._rotary is None else self._rotary[window.positions.t()].unsqueeze(2)
+        ids = state.tokens[window.slots].gather(1, (window.positions + depth).clamp(max=state.capacity))
+        for attention, cache in zip(self._attentions[depth], state.caches[depth], strict=True):
+            attention.cache, cache.window = cache, window
+        try:
+            if depth == 0:
+                embedded = model.embedding(input_ids=ids, position_ids=window.positions)
+                out = model.decoder(hidden_states=embedded, attention_mask=window.mask, rotary_pos_emb=rotary)
+            else:
+                out = self._depths[depth].forward_single_position(
+                    hidden_states=state.hidden_at(depth - 1, window) if hidden is None else hidden,
+                    next_token_ids=ids,
+                    position_ids=window.positions + depth,
+                    embedding=self._head_embedding(window),
+                    attention_mask=window.mask,
+                    rotary_pos_emb=rotary,
+                )
+        finally:
+            for attention in self._attentions[depth]:
+                attention.cache = None
+        state.store_hidden(depth, window, out)
+        return out
+
+    def _head_embedding(self, window: Window):
+        if not self.mask_position_0:
+            return self.model.embedding
+        at_0 = (window.positions.t() == 0).unsqueeze(-1)
+        return lambda **inputs: self.model.embedding(**inputs).masked_fill(at_0, 0.0)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[s, b, h] -> fp32 [s, b, V / tp], padding of the vocabulary at -inf."""
+        logits = self.model.logits(hidden).float()
+        padding = self.vocab_size - vocab_offset(logits, self.tp_group)
+        if padding < logits.shape[-1]:
+            logits[..., max(padding, 0) :] = float("-inf")
+        return logits
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """[..., V / tp] -> [..., V] of the whole vocabulary, on every rank."""
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.tp_group.size())]
+            dist.all_gather(parts, logits.contiguous(), group=self.tp_group)
+            logits = torch.cat(parts, -1)
+        return self.sampling.probabilities(logits)
+
+    def _agree(self, choice: Tensor) -> Tensor:
+        """The first rank's choice on all ranks: on a GPU, equal sums need not round equally."""
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            dist.broadcast(choice, group=self.tp_group, group_src=0)
+        return choice
+
+    # Prompts ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self, first_slot: int, prompts: list[list[int]], uniform: Tensor | None = None) -> list[int]:
+        """Put prompts into the slots from `first_slot` on, and commit one token behind each. Returns these.
+
+        `uniform`: fp64 [b] on the CPU, for sampling. Every prompt has at least one token.
+        """
+        state = self.state
+        slots = slice(first_slot, first_slot + len(prompts))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        for slot, prompt in enumerate(prompts, first_slot):
+            state.tokens[slot, : len(prompt)] = torch.tensor(prompt, device=self.device)
+        state.valid[:, slots] = 0
+        hidden = self._run(0, state.window(slots, torch.zeros_like(lengths), lengths))
+        rows = torch.arange(len(prompts), device=self.device)
+        logits = self._logits(hidden[lengths.to(self.device) - 1, rows].unsqueeze(0))[0]
+        if self.sampling.greedy:
+            chosen = vocab_argmax(logits, self.tp_group)
+        else:
+            assert uniform is not None, "sampling needs random numbers"
+            chosen = self._agree(draw(self._probabilities(logits), uniform.to(self.device)))
+        state.tokens[slots].scatter_(1, lengths.to(self.device).unsqueeze(1), chosen.unsqueeze(1))
+        state.lengths[slots] = lengths + 1
+        state.valid[0, slots] = lengths
+        for k in range(1, self.num_heads + 1):  # now, while these rows are alone: what follows is short
+            stop = (lengths + 1 - k).clamp(min=0)
+            if bool(stop.any()):
+                self._run(k, state.window(slots, torch.zeros_like(stop), stop))
+            state.valid[k, slots] = stop
+        return chosen.tolist()
+
+    # Steps ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, active: int, uniform: Tensor | None = None) -> Step:
+        """Draft, verify and commit for the first `active` slots.
+
+        `uniform`: fp64 [active, 2 * num_heads + 1] on the CPU, for sampling: drafts, acceptances, next token.
+        """
+        uniform = None if uniform is None else uniform.to(self.device)
+        num_drafted, drafts, offered = self._draft(active, uniform)
+        tokens, num_accepted = self._verify(active, num_drafted, drafts, offered, uniform)
+        host = torch.cat([tokens, num_accepted.unsqueeze(1), num_drafted.unsqueeze(1)], 1).tolist()
+        committed = [row[: row[-2] + 1] for row in host]
+        self._commit(active, torch.tensor([len(row) for row in committed]), drafts.shape[1])
+        return Step(committed, [row[-1] for row in host])
+
+    def _draft(self, active: int, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """How many drafts of each row count [b], the drafts [b, k], and what they were drawn from [b, k, V]."""
+        state, slots = self.state, slice(0, active)
+        lengths = state.lengths[slots]
+        end = lengths.to(self.device)
+        rows = torch.arange(active, device=self.device)
+        num_drafted = torch.zeros(active, dtype=torch.int64, device=self.device)
+        drafting = torch.ones(active, dtype=torch.bool, device=self.device)
+        drafts, offered = [], []
+        for k in range(1, self.num_heads + 1):
+            start = state.valid[k, slots]
+            hidden = self._run(k, state.window(slots, start, lengths - 1))
+            last = (lengths - 2 - start).to(self.device)
+            logits = self._logits(hidden[last, rows].unsqueeze(0))[0]
+            if self.sampling.sampled_drafts:
+                assert uniform is not None, "sampling needs random numbers"
+                offered.append(self._probabilities(logits))
+                draft = self._agree(draw(offered[-1], uniform[:, k - 1]))
+            else:
+                draft = vocab_argmax(logits, self.tp_group)
+            if self.min_confidence:
+                drafting &= self._confident(logits)
+            num_drafted += drafting
+            drafts.append(draft)
+            state.tokens[slots].scatter_(1, (end + k - 1).unsqueeze(1), draft.unsqueeze(1))
+            if self.min_confidence and not bool(drafting.any()):
+                break  # this head has run, and its cache is ahead of the heads behind it: they catch up when used
+        if not drafts:
+            return num_drafted, torch.zeros(active, 0, dtype=torch.int64, device=self.device), None
+        return num_drafted, torch.stack(drafts, 1), torch.stack(offered, 1) if offered else None
+
+    def _confident(self, logits: Tensor) -> Tensor:
+        top = vocab_max(logits, self.tp_group)
+        return (top - vocab_logsumexp(logits, self.tp_group)).exp() >= self.min_confidence
+
+    def _verify(
+        self, active: int, num_drafted: Tensor, drafts: Tensor, offered: Tensor | None, uniform: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens to commit [b, k + 1], of which the first `num_accepted` [b] and one more count."""
+        state, slots, size = self.state, slice(0, active), drafts.shape[1]
+        lengths = state.lengths[slots]
+        hidden = self._run(0, state.window(slots, lengths - 1, lengths + size))
+        logits = self._logits(hidden).transpose(0, 1)
+        if self.sampling.greedy:
+            tokens = vocab_argmax(logits, self.tp_group)
+            counts = torch.arange(size, device=self.device) < num_drafted.unsqueeze(1)
+            num_accepted = ((tokens[:, :size] == drafts) & counts).long().cumprod(1).sum(1)
+        else:
+            assert uniform is not None, "sampling needs random numbers"
+            p = self._probabilities(logits)
+            used = uniform[:, [*range(self.num_heads, self.num_heads + size), 2 * self.num_heads]]
+            num_accepted, following = verify(p, offered, drafts, num_drafted, used)
+            tokens = torch.cat([drafts, following.unsqueeze(1)], 1)
+            tokens.scatter_(1, num_accepted.unsqueeze(1), following.unsqueeze(1))
+            choice = self._agree(torch.cat([tokens, num_accepted.unsqueeze(1)], 1))
+            tokens, num_accepted = choice[:, :-1], choice[:, -1]
+        positions = lengths.to(self.device).unsqueeze(1) + torch.arange(size + 1, device=self.device)
+        state.tokens[slots].scatter_(1, positions, tokens)
+        return tokens, num_accepted
+
+    def _commit(self, active: int, committed: Tensor, depths_run: int) -> None:
+        """Move the lengths, and with them what holds of every cache."""
+        state, slots = self.state, slice(0, active)
+        before = state.lengths[slots].clone()
+        after = before + committed
+        state.lengths[slots] = after
+        state.valid[0, slots] = after - 1
+        for k in range(1, depths_run + 1):
+            state.valid[k, slots] = torch.minimum(before - 1, after - 1 - k).clamp(min=0)
+
+
+def _rotary_table(model: MTPDModel, length: int) -> Tensor | None:
+    """Rotary embeddings of the positions [length, 1, d]; None for a model without."""
+    if model.position_embedding_type == "none":
+        return None
+    table = model.rotary_pos_emb.get_emb(length) if model.position_embedding_type == "rope" else None
+    if table is None:  # yarn: its scale of the attention is applied by Megatron's attention
+        table, _ = model.rotary_pos_emb(length)
+    return table.squeeze(1)

@@ -1,0 +1,73 @@
+"""What a batch keeps between steps: tokens, lengths, and the caches of the main model and of every head.
+
+A *slot* is the place of one sequence in all of these. Active sequences fill the first slots; one that ends gives its
+place to the last. Lengths live on the host, which knows them anyway to see what has ended.
+
+Deliberately absent: the model; `decoder` runs it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mtpd.speculative.attention import KVCache, Window
+
+
+class State:
+    """Memory of `slots` sequences of up to `capacity` tokens, drafts included.
+
+    Attributes:
+        tokens: int64 [slots, capacity]: the committed tokens, then the drafts of this step.
+        lengths: int64 [slots] on the CPU: committed tokens.
+        valid: int64 [depths, slots] on the CPU: how many entries, from position 0, of the main model (depth 0) and of
+            head k (depth k) were computed from committed tokens alone.
+        caches: one `KVCache` for each attention layer of each depth.
+        hidden: [slots, capacity, h] for each depth but the last: what it hands to the next one. Made at the first use.
+    """
+
+    def __init__(self, slots: int, capacity: int, num_layers: list[int], device: torch.device) -> None:
+        depths = len(num_layers)
+        # One more position than can be reached: padding of short rows is written there.
+        self.slots, self.capacity, self.device = slots, capacity, device
+        self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64)
+        self.valid = torch.zeros(depths, slots, dtype=torch.int64)
+        self.caches = [[KVCache(slots, capacity + 1) for _ in range(n)] for n in num_layers]
+        self.hidden: list[Tensor | None] = [None] * (depths - 1)
+
+    def window(self, slots: slice, start: Tensor, stop: Tensor) -> Window:
+        """The positions [start, stop) of each slot, int64 [b] on the CPU, padded to the longest."""
+        width = int((stop - start).max())
+        positions = start.unsqueeze(1) + torch.arange(width)
+        positions = torch.where(positions < stop.unsqueeze(1), positions, self.capacity).to(self.device)
+        if not bool(start.any()):
+            return Window(slots, positions, None, None)
+        visible = int(stop.max())
+        mask = torch.arange(visible, device=self.device) > positions.unsqueeze(-1)
+        return Window(slots, positions, visible, mask.unsqueeze(1))
+
+    def store_hidden(self, depth: int, window: Window, values: Tensor) -> None:
+        """Keep [s, b, h] of a window, if a next depth needs it."""
+        if depth >= len(self.hidden):
+            return
+        store = self.hidden[depth]
+        if store is None:
+            store = self.hidden[depth] = values.new_zeros(self.slots, self.capacity + 1, values.shape[-1])
+        rows = torch.arange(values.shape[1], device=self.device).unsqueeze(1)
+        store[window.slots].index_put_((rows, window.positions), values.transpose(0, 1))
+
+    def hidden_at(self, depth: int, window: Window) -> Tensor:
+        """[s, b, h] of a window."""
+        store = self.hidden[depth]
+        assert store is not None, "the depth before runs first"
+        rows = torch.arange(window.positions.shape[0], device=self.device).unsqueeze(1)
+        return store[window.slots][rows, window.positions].transpose(0, 1).contiguous()
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot over another."""
+        for tensor in (self.tokens, self.lengths, *(h for h in self.hidden if h is not None)):
+            tensor[target] = tensor[source]
+        self.valid[:, target] = self.valid[:, source]
+        for cache in (cache for depth in self.caches for cache in depth):
+            cache.move(source, target)

@@ -1,0 +1,214 @@
+"""Time, peak memory and tensor-parallel traffic of the loss section: Megatron's own MTP loss, MTP-D eager, MTP-D fused.
+
+The loss section is everything from the hidden states of main model and heads to their gradients and the output weight's:
+output layer, losses, backward. Megatron's is cross-entropy alone, by `process_mtp_loss` and
+`compute_language_model_loss`; the other two distil as well. Each variant lives in processes of its own, one a
+tensor-parallel rank, so that its peak memory is its own, and the variants take turns, so that noise of the machine falls
+on all alike. Memory is what a step takes beyond its inputs (weight, hidden states, labels): their gradients count.
+
+Deliberately absent: judgement. The result is a table of medians and of ratios to Megatron's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+VARIANTS = ("megatron_mtp", "mtpd_eager", "mtpd_fused")
+BASELINE = "megatron_mtp"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of the loss section. `dtype`: fp32, bf16 or fp16, of weight and hidden states."""
+
+    heads: int = 4
+    vocab: int = 32_768
+    topn: int = 10_000
+    tokens: int = 1_024
+    hidden: int = 512
+    dtype: str = "fp32"
+    tp: int = 1
+    sequence_parallel: bool = False
+    objective: str = "topn_kl"
+    threads: int = 1
+    """Of each rank, on a CPU."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}: choose one of {', '.join(_DTYPES)}.")
+        for name in ("heads", "vocab", "topn", "tokens", "hidden", "tp", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: give at least 1.")
+        if self.vocab % self.tp:
+            raise ValueError(f"--vocab {self.vocab} does not divide into --tp {self.tp} slices.")
+        if self.sequence_parallel and (self.tp == 1 or self.tokens % self.tp):
+            raise ValueError(
+                f"--sequence-parallel needs --tp of at least 2 that divides --tokens {self.tokens}; it is {self.tp}."
+            )
+
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def benchmark(
+    workload: Workload, variants: Sequence[str], repeats: int, on_turn: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Measure `repeats` steps of every variant, in turns, after one to warm up.
+
+    Returns a row a variant: `variant, seconds_median, seconds_min, seconds_max, peak_extra_bytes` (of the fullest rank),
+    `tp_bytes` (what one rank gives to collectives in a step), `ratio_time_vs_megatron, ratio_memory_vs_megatron`
+    (None without that variant). Raises RuntimeError with the end of its output when a variant fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        workers: dict[str, _Worker] = {}
+        try:
+            for variant in variants:
+                workers[variant] = _Worker(variant, workload, Path(folder))
+            for worker in workers.values():
+                worker.step()
+            seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+            for turn in range(repeats):
+                for variant, worker in workers.items():
+                    seconds[variant].append(worker.step())
+                on_turn(turn)
+        finally:
+            for worker in workers.values():
+                worker.stop()
+    rows = [
+        {
+            "variant": variant,
+            "seconds_median": statistics.median(times),
+            "seconds_min": min(times),
+            "seconds_max": max(times),
+            "peak_extra_bytes": workers[variant].peak_extra_bytes,
+            "tp_bytes": workers[variant].tp_bytes,
+        }
+        for variant, times in seconds.items()
+    ]
+    base = next((row for row in rows if row["variant"] == BASELINE), None)
+    for row in rows:
+        row["ratio_time_vs_megatron"] = base and row["seconds_median"] / base["seconds_median"]
+        row["ratio_memory_vs_megatron"] = base and row["peak_extra_bytes"] / base["peak_extra_bytes"]
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text."""
+    titles = f"{'variant':14}{'ms a step':>12}{'min':>9}{'max':>9}{'extra MB':>10}{'TP MB':>9}{'time':>8}{'memory':>8}"
+    lines = [f"{titles}  (vs {BASELINE})"]
+    for row in rows:
+        times = [1e3 * row[f"seconds_{name}"] for name in ("median", "min", "max")]
+        sizes = [row["peak_extra_bytes"] / 1e6, row["tp_bytes"] / 1e6]
+        ratios = [row["ratio_time_vs_megatron"], row["ratio_memory_vs_megatron"]]
+        shown = "".join(f"{'-':>8}" if ratio is None else f"{ratio:8.3f}" for ratio in ratios)
+        lines.append(
+            f"{row['variant']:14}{times[0]:12.1f}{times[1]:9.1f}{times[2]:9.1f}{sizes[0]:10.1f}{sizes[1]:9.2f}{shown}"
+        )
+    return "\n".join(lines)
+
+
+def save(rows: Sequence[dict[str, Any]], path: Path, workload: Workload) -> None:
+    """The rows with what is needed to measure them again, as JSON."""
+    from megatron_mtpd.provenance import provenance
+
+    document = {
+        "rows": list(rows),
+        "workload": asdict(workload),
+        "load_average": os.getloadavg()[0],
+        "provenance": provenance(),
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+class _Worker:
+    """The processes of one variant, a tensor-parallel rank each."""
+
+    def __init__(self, variant: str, workload: Workload, folder: Path) -> None:
+        self.variant, self.peak_extra_bytes, self.tp_bytes = variant, 0, 0
+        self.ranks = []
+        self.logs = [folder / f"{variant}.{rank}" for rank in range(workload.tp)]
+        for rank, log in enumerate(self.logs):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(workload.tp),
+                "OMP_NUM_THREADS": str(workload.threads),
+                "PYTHONWARNINGS": "ignore",
+                "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            }
+            arguments = json.dumps([variant, asdict(workload), str(folder / f"{variant}.store")])
+            with log.open("w") as stderr:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                    env={**os.environ, **environment},
+                )
+            self.ranks.append(process)
+
+    def step(self) -> float:
+        """Run one step on all ranks; seconds of the slowest."""
+        for process in self.ranks:
+            try:
+                process.stdin.write("step\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # what it printed says why
+        answers = [self._answer(process) for process in self.ranks]
+        self.peak_extra_bytes = max(answer["peak_extra_bytes"] for answer in answers)
+        self.tp_bytes = max(answer["tp_bytes"] for answer in answers)
+        return max(answer["seconds"] for answer in answers)
+
+    def _answer(self, process: subprocess.Popen) -> dict[str, Any]:
+        for line in process.stdout:
+            if line.startswith(_ANSWER):
+                return json.loads(line.removeprefix(_ANSWER))
+        self.stop()
+        printed = "".join("".join(log.read_text().splitlines(keepends=True)[-25:]) for log in self.logs)
+        raise RuntimeError(f"{self.variant} stopped:\n{printed}")
+
+    def stop(self) -> None:
+        for process in self.ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+_ANSWER = "benchmark_loss "
+
+
+def _serve(variant: str, workload: Workload, store: str) -> None:
+    """In a rank: build the inputs, then run a step when asked."""
+    from megatron_mtpd.training.loss_section import CountBytes, Memory, prepare
+
+    step = prepare(variant, workload, store)
+    memory = Memory()
+    counter = None
+    for _ in sys.stdin:
+        if counter is None:  # the step that warms up
+            with CountBytes() as counter:
+                step()
+            answer = {"seconds": 0.0}
+        else:
+            start = time.perf_counter()
+            step()
+            answer = {"seconds": time.perf_counter() - start}
+        answer |= {"peak_extra_bytes": memory.peak_extra_bytes(), "tp_bytes": counter.bytes}
+        print(_ANSWER + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    _serve(arguments[0], Workload(**arguments[1]), arguments[2])
