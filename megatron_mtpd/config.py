@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 Objective = Literal["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
 Trained = Literal["all", "heads", "new-heads"]
-LossImplementation = Literal["eager"]
+LossImplementation = Literal["fused", "eager"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class MTPDConfig:
     the same target token (arXiv 2603.23911). Raises ValueError, naming the option, its value and the remedy.
     """
 
-    loss: LossImplementation = "eager"
-    """How the loss is computed. eager: on the logits of all heads, the reference."""
+    loss: LossImplementation = "fused"
+    """How the loss is computed. fused: chunk by chunk from the hidden states, never holding all logits. eager: on the
+    logits of all heads, the reference; the one that works under context parallelism."""
 
     objective: Objective = "topn_kl"
     """Distillation objective D_k. topn_kl: forward KL over the main head's top-N tokens (the paper). kl, reverse_kl,
@@ -96,6 +97,8 @@ class MTPDConfig:
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             self._refuse("objective", f"choose one of {', '.join(get_args(Objective))}")
+        if self.loss not in get_args(LossImplementation):
+            self._refuse("loss", f"choose one of {', '.join(get_args(LossImplementation))}")
         if self.train not in get_args(Trained):
             self._refuse("train", f"choose one of {', '.join(get_args(Trained))}")
         if self.old_heads < 0 or (self.old_heads > 0) != (self.train == "new-heads"):

@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_mtpd.config import MTPDConfig
 from megatron_mtpd.losses.alignment import Shift, head_masks, shift_left
 from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss, mtpd_loss
+from megatron_mtpd.losses.fused import fused_mtpd_loss
 from megatron_mtpd.losses.gradients import scale_gradient
 from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.specs import hybrid_stack_spec
@@ -65,6 +66,11 @@ class MTPDModel(HybridModel):
         if num_heads:
             self.alphas = self.mtpd.alphas(num_heads, self.config.mtp_loss_scaling_factor)
             self.betas = self.mtpd.betas(num_heads)
+        if self.mtpd.loss == "fused" and self.pg_collection.cp is not None and self.pg_collection.cp.size() > 1:
+            raise ValueError(
+                f"--mtpd-loss fused does not work with --context-parallel-size {self.pg_collection.cp.size()}: the source "
+                "and the target of a head may lie on different ranks. Use --mtpd-loss eager."
+            )
         if self.mtpd.heads_pass_twice and "E" in (self.mtp_pattern or ""):
             raise ValueError(
                 f"Heads with a mixture of experts (pattern {self.mtp_pattern!r}) need equal shares for cross-entropy "
@@ -131,16 +137,23 @@ class MTPDModel(HybridModel):
     def logits(self, hidden_states: Tensor, output_share: float = 1.0) -> Tensor:
         """[s, b, h] -> [s, b, V / tp] through the shared output layer; its gradient to the weight times
         `output_share`."""
-        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        shared = self._output_weight() if self.share_embeddings_and_output_weights else None
         if output_share == 1.0 or not torch.is_grad_enabled():
             return self._scale_logits(self.output_layer(hidden_states, weight=shared)[0])
-        weight = shared if shared is not None else self.output_layer.weight
-        cut = self._scale_logits(self.output_layer(hidden_states, weight=weight.detach())[0])
+        cut = self._scale_logits(self.output_layer(hidden_states, weight=self._output_weight().detach())[0])
         if output_share == 0.0:
             return cut
         # Not a scaled weight: fused accumulation writes into the parameter's own gradient buffer, so it must see the
         # parameter. Half from the cut product and half from the whole one gives the weight half of the gradient.
         return torch.lerp(cut, self.logits(hidden_states), output_share)
+
+    def _output_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _logit_scale(self) -> float:
+        return self.config.mup_output_mult if self.config.use_mup else 1.0
 
     # Loss --------------------------------------------------------------------------------------------------------
 
@@ -195,17 +208,33 @@ class MTPDModel(HybridModel):
     ) -> tuple[Tensor, Tensor, LossReport]:
         config = self.mtpd
         shift = self._shift()
+        masks = head_masks(loss_mask, len(for_ce), document_ends, config.cross_documents, shift)
         weights = HeadWeights(
             self.alphas,
             tuple(beta * self.distill_scale for beta in self.betas),
             per_head_mean=not self.config.calculate_per_token_loss,
         )
+        if config.loss == "fused":
+            return fused_mtpd_loss(
+                main,
+                for_ce,
+                for_kd,
+                self._output_weight(),
+                labels,
+                loss_mask,
+                masks,
+                weights,
+                config,
+                self.pg_collection.tp,
+                sequence_parallel=self.config.sequence_parallel,
+                logit_scale=self._logit_scale(),
+                accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
+            )
         ce_logits = [self.logits(h, config.ce_output_share) for h in for_ce]
         if for_kd is for_ce and config.kd_output_share == config.ce_output_share:
             kd_logits = ce_logits
         else:
             kd_logits = [self.logits(h, config.kd_output_share) for h in for_kd]
-        masks = head_masks(loss_mask, len(for_ce), document_ends, config.cross_documents, shift)
         tp_group = self.pg_collection.tp if self.parallel_output else None
         return mtpd_loss(
             self.logits(main), ce_logits, kd_logits, labels, loss_mask, masks, weights, config, tp_group, shift

@@ -155,7 +155,10 @@ def _get_rng_state(device: Any = None) -> torch.Tensor:
 
 
 def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
-    torch.default_generator.set_state(new_state)
+    try:
+        torch.default_generator.set_state(new_state)
+    except RuntimeError as error:
+        raise RuntimeError("A random state of a GPU cannot continue on a CPU: add --no-load-rng.") from error
 
 
 _TORCH_WITHOUT_CUDA = (

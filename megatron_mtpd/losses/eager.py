@@ -68,13 +68,26 @@ def mtpd_loss(
     main_tokens, tokens = loss_mask.sum(), masks.flatten(1).sum(1)
     scale = main_tokens / tokens.clamp(min=1) if weights.per_head_mean else torch.ones_like(tokens)
 
-    teachers = [shift(main_logits.detach(), k) for k in range(1, len(ce_logits) + 1)]
-    cross_entropy = _masked_sums(
-        [objectives.cross_entropy(z, shift(labels, k), tp_group) for k, z in enumerate(ce_logits, 1)], masks
-    )
+    # A masked position may hold inf or nan. It is emptied before any arithmetic: 0 * nan would return in the gradient.
+    is_masked = (masks == 0).unsqueeze(-1)
+
+    def usable(logits: Sequence[Tensor]) -> list[Tensor]:
+        return [z.masked_fill(m, 0.0) for z, m in zip(logits, is_masked, strict=True)]
+
+    teachers = usable([shift(main_logits.detach(), k) for k in range(1, len(ce_logits) + 1)])
+    is_same = kd_logits is ce_logits
+    ce_logits = usable(ce_logits)
+    kd_logits = ce_logits if is_same else usable(kd_logits)
+
+    cross_entropies = [objectives.cross_entropy(z, shift(labels, k), tp_group) for k, z in enumerate(ce_logits, 1)]
+    cross_entropy = _masked_sums(cross_entropies, masks)
     heads_loss = torch.dot(cross_entropy, scale * scale.new_tensor(weights.alpha))
+    # Where there is no weight, the distance to the main head is reported all the same, but no gradient is made.
+    couples_heads = config.objective == "e2e_tv"
+    has_weight = [any(weights.beta) if couples_heads else beta > 0 for beta in weights.beta]
+    kd_logits = [z if w else z.detach() for z, w in zip(kd_logits, has_weight, strict=True)]
     beta = scale.new_tensor(weights.beta)
-    if config.objective == "e2e_tv":
+    if couples_heads:
         alphas = [
             objectives.overlap(*objectives.log_probabilities(t, z, config.temperature, tp_group), tp_group)
             for t, z in zip(teachers, kd_logits, strict=True)
@@ -83,23 +96,12 @@ def mtpd_loss(
         drafts = objectives.e2e_tv(torch.stack(alphas), torch.cumprod(masks, 0))
         distillation = drafts.sum() * torch.ones_like(scale)
         heads_loss = heads_loss + drafts.sum() * scale[0] * beta.sum()
-    elif any(weights.beta):
-        distillation = _masked_sums(
-            [objectives.distillation(t, z, config, tp_group) for t, z in zip(teachers, kd_logits, strict=True)],
-            masks,
-        )
+    else:
+        distances = [objectives.distillation(t, z, config, tp_group) for t, z in zip(teachers, kd_logits, strict=True)]
+        distillation = _masked_sums(distances, masks)
         heads_loss = heads_loss + torch.dot(distillation, scale * beta)
-    else:  # plain MTP: the distance to the main head is still reported
-        with torch.no_grad():
-            distillation = _masked_sums(
-                [
-                    objectives.distillation(t, z.detach(), config, tp_group)
-                    for t, z in zip(teachers, kd_logits, strict=True)
-                ],
-                masks,
-            )
     report = LossReport(
-        main_loss=(main_loss.detach() * loss_mask).sum(),
+        main_loss=torch.where(loss_mask > 0, main_loss.detach(), 0.0).sum(),
         main_tokens=main_tokens,
         cross_entropy=cross_entropy.detach(),
         distillation=distillation.detach(),
@@ -110,8 +112,7 @@ def mtpd_loss(
 
 
 def _masked_sums(losses: list[Tensor], masks: Tensor) -> Tensor:
-    # where() and not a product: a masked position may hold inf or nan, and must not spread it.
-    return torch.stack([torch.where(m > 0, x, 0.0).sum() for x, m in zip(losses, masks, strict=True)])
+    return (torch.stack(losses) * masks).flatten(1).sum(1)
 
 
 class _Attach(torch.autograd.Function):

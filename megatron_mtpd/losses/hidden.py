@@ -21,9 +21,9 @@ def gather_sequences(hidden: Sequence[Tensor], tp_group: Group, sequence_paralle
     if tp_group is None or tp_group.size() == 1 or not sequence_parallel:
         return [x.flatten(0, 1) for x in hidden]
     mine = torch.stack([x.detach() for x in hidden])
-    everyone = mine.new_empty(tp_group.size(), *mine.shape)
+    everyone = mine.new_empty(tp_group.size() * len(mine), *mine.shape[1:])
     dist.all_gather_into_tensor(everyone, mine, group=tp_group)
-    return list(everyone.transpose(0, 1).flatten(1, 3))
+    return list(everyone.view(tp_group.size(), *mine.shape).transpose(0, 1).flatten(1, 3))
 
 
 def reduce_gradients(gradients: Tensor, shape: torch.Size, tp_group: Group, sequence_parallel: bool) -> Tensor:
@@ -38,5 +38,5 @@ def reduce_gradients(gradients: Tensor, shape: torch.Size, tp_group: Group, sequ
         return gradients.view(-1, *shape)
     of_ranks = gradients.view(len(gradients), tp_group.size(), *shape).transpose(0, 1).contiguous()
     mine = of_ranks.new_empty(of_ranks.shape[1:])
-    dist.reduce_scatter_tensor(mine, of_ranks, group=tp_group)
+    dist.reduce_scatter_tensor(mine, of_ranks.flatten(0, 1), group=tp_group)
     return mine

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
-from megatron_mtpd.losses.vocab_parallel import (
-    Group,
-    topn_threshold,
-    vocab_gather,
-    vocab_logsumexp,
-    vocab_sum,
-)
+from megatron_mtpd.losses.vocab_parallel import Group, topn_threshold, vocab_gather, vocab_max, vocab_sum
 
 
 def _promote(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _below_top(logits: Tensor, tp_group: Group) -> Tensor:
+    """Logits minus the largest of their row: the same softmax, without the rounding of large numbers that cancel."""
+    return logits - vocab_max(logits, tp_group).unsqueeze(-1)
+
+
 def log_softmax(logits: Tensor, tp_group: Group = None) -> Tensor:
     """[..., V / tp] -> [..., V / tp]. The same as `torch.log_softmax(full_logits, -1)`, sliced."""
-    return logits - vocab_logsumexp(logits, tp_group).unsqueeze(-1)
+    logits = _below_top(logits, tp_group)
+    return logits - vocab_sum(logits.exp(), tp_group).log().unsqueeze(-1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, tp_group: Group = None) -> Tensor:
@@ -37,8 +37,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, tp_group: Group = None) -> Ten
 
     The same as `torch.nn.functional.cross_entropy(full_logits, labels, reduction="none")`, natural logarithm.
     """
-    logits = _promote(logits)
-    return vocab_logsumexp(logits, tp_group) - vocab_gather(logits, labels, tp_group)
+    logits = _below_top(_promote(logits), tp_group)
+    return vocab_sum(logits.exp(), tp_group).log() - vocab_gather(logits, labels, tp_group)
 
 
 def _sum_p_times(p: Tensor, x: Tensor, tp_group: Group) -> Tensor:
@@ -81,9 +81,7 @@ def topn_kl(
     return forward_kl(log_softmax(teacher, tp_group), log_softmax(student, tp_group), tp_group) * temperature**2
 
 
-def distillation(
-    teacher_logits: Tensor, student_logits: Tensor, config: MTPDConfig, tp_group: Group = None
-) -> Tensor:
+def distillation(teacher_logits: Tensor, student_logits: Tensor, config: MTPDConfig, tp_group: Group = None) -> Tensor:
     """The objective that `config` names, for one head: [..., V / tp], [..., V / tp] -> [...].
 
     With p the teacher (detached), q the student, both at `config.temperature`, and alpha = sum_v min(p, q):

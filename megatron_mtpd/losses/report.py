@@ -65,7 +65,8 @@ def acceptance(
     before = torch.cat([torch.ones_like(chain[:1]), chain[:-1]])
 
     def total(x: Tensor) -> Tensor:
-        return (x * chain_mask).flatten(1).sum(1).float()
+        # where() and not a product: a masked position may hold inf or nan.
+        return torch.where(chain_mask > 0, x, 0.0).flatten(1).sum(1).float()
 
     alpha_chain = torch.cumprod(alpha, 0)
     return {
@@ -75,6 +76,6 @@ def acceptance(
         "cumulative": total(chain),
         "overlap": total(alpha),
         "cumulative_overlap": total(alpha_chain),
-        "tokens_per_step": ((1 + chain.sum(0)) * chain_mask[-1]).sum().float(),
-        "tokens_per_step_sampled": ((1 + alpha_chain.sum(0)) * chain_mask[-1]).sum().float(),
+        "tokens_per_step": total((1 + chain.sum(0)).expand_as(chain))[-1],
+        "tokens_per_step_sampled": total((1 + alpha_chain.sum(0)).expand_as(chain))[-1],
     }

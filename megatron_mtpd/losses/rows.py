@@ -95,8 +95,9 @@ def gather_statistics(local: Statistics, vocab_slice: int, tp_group: dist.Proces
     """Those of the whole vocabulary from those of each rank's slice of `vocab_slice` tokens. One all-gather."""
     sizes = [len(x) for x in local]
     mine = torch.cat([x.double() for x in local])  # fp64 holds fp32 values and ids alike
-    everyone = mine.new_empty(tp_group.size(), *mine.shape)
+    everyone = mine.new_empty(tp_group.size() * len(mine), mine.shape[1])
     dist.all_gather_into_tensor(everyone, mine, group=tp_group)
+    everyone = everyone.view(tp_group.size(), *mine.shape)
     top, first, label_logit, lse, lse_kd, dot, mass = everyone.split(sizes, dim=1)
     whole_top, whole_lse_kd = top.amax(0), lse_kd.logsumexp(0)
     offset = vocab_slice * torch.arange(tp_group.size(), device=mine.device).view(-1, 1, 1)

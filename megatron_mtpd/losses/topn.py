@@ -122,9 +122,9 @@ def _interpolate(keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, coun
 def _count(logits: Tensor, cut: Tensor, tp_group: Group) -> Tensor:
     """How many logits of each row reach `cut`. int64 [rows], the same on all ranks."""
     rows = max(1, _COUNT_ELEMENTS // logits.shape[-1])
-    # Counted in floats (exact up to 2^24 tokens of fp32): torch adds booleans several times more slowly.
+    # Counted in fp32, exact up to 2^24 tokens: torch adds booleans several times more slowly.
     counts = [
-        torch.ge(z, c.unsqueeze(-1), out=torch.empty_like(z)).sum(-1)
+        torch.ge(z, c.unsqueeze(-1), out=torch.empty_like(z, dtype=torch.float32)).sum(-1)
         for z, c in zip(logits.split(rows), cut.split(rows), strict=True)
     ]
     count = torch.cat(counts)

@@ -103,7 +103,7 @@ def topn_threshold(logits: Tensor, n: int, tp_group: Group = None) -> Tensor:
     """The n-th largest logit of each row. [..., V / tp] -> [...], exact for every float dtype.
 
     `logits >= threshold` is the top-n set; equal logits at the threshold are all in it, so that the set does not depend
-    on the order of the vocabulary or on its sharding. `n` beyond the vocabulary selects everything.
+    on the order of the vocabulary or on its sharding. `n` at or above the vocabulary selects everything: -inf.
 
     One rank: `torch.kthvalue`. Several: a bisection over the float's bits, ordered as integers, with one count a row
     and bit reduced over the ranks, so the exact value is found after as many steps as the dtype has bits.

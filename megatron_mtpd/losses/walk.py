@@ -23,9 +23,10 @@ from megatron_mtpd.losses.topn import topn_cut
 from megatron_mtpd.losses.vocab_parallel import Group
 
 # Rows of all heads in a chunk: enough for efficient matrix products, few enough to be small beside the sequence.
-CPU_CHUNK, GPU_CHUNK = 256, 4096
-# Logits of a block on CPU: what fits into the second-level cache with the block's few other tensors.
-CPU_BLOCK = 1 << 18
+CPU_CHUNK, GPU_CHUNK = 512, 4096
+CPU_CHUNK_LOGITS = 1 << 25
+# Logits of a block on CPU: few enough for the caches, enough to be worth some sixty calls from Python.
+CPU_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def _sizes(inputs: Inputs) -> tuple[int, int]:
     """Rows of a block and blocks of a chunk: as even as they can be, so that the last chunk has little padding."""
     heads, num_rows = len(inputs.hidden), len(inputs.labels)
     on_cpu = inputs.weight.device.type == "cpu"
-    most = max(1, (inputs.chunk_rows or (CPU_CHUNK if on_cpu else GPU_CHUNK)) // heads)
+    default = min(CPU_CHUNK, CPU_CHUNK_LOGITS // inputs.weight.shape[0]) if on_cpu else GPU_CHUNK
+    most = max(1, (inputs.chunk_rows or default) // heads)
     chunk = -(-num_rows // -(-num_rows // most))
     is_parallel = inputs.tp_group is not None and inputs.tp_group.size() > 1
     if not on_cpu or is_parallel:  # a launch or a collective costs more than the cache saves

@@ -105,7 +105,7 @@ class Decoder:
 
     # One depth over one window --------------------------------------------------------------------------------
 
-    def _run(self, depth: int, window: Window, hidden: Tensor | None = None) -> Tensor:
+    def _run(self, depth: int, window: Window) -> Tensor:
         """Hidden states [s, b, h] of a depth, after its final norm; its caches are extended."""
         state, model = self.state, self.model
         rotary = None if self._rotary is None else self._rotary[window.positions.t()].unsqueeze(2)
@@ -118,7 +118,7 @@ class Decoder:
                 out = model.decoder(hidden_states=embedded, attention_mask=window.mask, rotary_pos_emb=rotary)
             else:
                 out = self._depths[depth].forward_single_position(
-                    hidden_states=state.hidden_at(depth - 1, window) if hidden is None else hidden,
+                    hidden_states=state.hidden_at(depth - 1, window),
                     next_token_ids=ids,
                     position_ids=window.positions + depth,
                     embedding=self._head_embedding(window),
@@ -185,7 +185,7 @@ class Decoder:
         state.lengths[slots] = lengths + 1
         state.valid[0, slots] = lengths
         for k in range(1, self.num_heads + 1):  # now, while these rows are alone: what follows is short
-            stop = (lengths + 1 - k).clamp(min=0)
+            stop = (lengths + 1 - max(k, 2)).clamp(min=0)  # the last position is left to the draft
             if bool(stop.any()):
                 self._run(k, state.window(slots, torch.zeros_like(stop), stop))
             state.valid[k, slots] = stop
@@ -279,10 +279,11 @@ class Decoder:
 
 
 def _rotary_table(model: MTPDModel, length: int) -> Tensor | None:
-    """Rotary embeddings of the positions [length, 1, d]; None for a model without."""
+    """Rotary angles of the positions, [length, d]; None for a model without."""
     if model.position_embedding_type == "none":
         return None
-    table = model.rotary_pos_emb.get_emb(length) if model.position_embedding_type == "rope" else None
-    if table is None:  # yarn: its scale of the attention is applied by Megatron's attention
+    if model.position_embedding_type == "yarn":  # its scale of the attention is applied by Megatron's attention
         table, _ = model.rotary_pos_emb(length)
-    return table.squeeze(1)
+    else:
+        table = model.rotary_pos_emb.get_emb(length)
+    return table[:, 0, 0]

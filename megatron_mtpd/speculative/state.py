@@ -64,6 +64,7 @@ class State:
         rows = torch.arange(window.positions.shape[0], device=self.device).unsqueeze(1)
         return store[window.slots][rows, window.positions].transpose(0, 1).contiguous()
 
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another."""
         for tensor in (self.tokens, self.lengths, *(h for h in self.hidden if h is not None)):

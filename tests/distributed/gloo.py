@@ -48,9 +48,7 @@ class RankError(AssertionError):
     """A rank raised, died or was too late. The message holds its traceback."""
 
 
-def run(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0, **kwargs: Any
-) -> list[Any]:
+def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
     """`[function(*args, **kwargs) on rank 0, on rank 1, ...]`, within `timeout` seconds, imports not counted.
 
     Raises RankError as said above, TypeError for what cannot be pickled.
@@ -160,9 +158,7 @@ def _stack(folder: str, rank: int, process: BaseProcess) -> str:
     return f"rank {rank} is here:\n{Path(folder, f'stack{rank}').read_text()}"
 
 
-def _rank(
-    answer: Connection, folder: str, rank: int, ranks: int, timeout: float, function, args, kwargs
-) -> None:
+def _rank(answer: Connection, folder: str, rank: int, ranks: int, timeout: float, function, args, kwargs) -> None:
     parent = os.getppid()
     with open(f"{folder}/stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)

@@ -3,9 +3,9 @@
     result = train(Layout(tp=2, sequence_parallel=True), Toy(tied=True))
     result.metrics, result.gradients, result.weights, result.norms
 
-`step` runs on every rank of `gloo.run`: it builds the model by its builder, under Megatron's DDP, and takes one global batch
-through Megatron's schedule with our forward step and loss function. Gradients and weights are known by the names and
-places that they have in a *checkpoint*, which mean the same in every layout: `train` puts the slices of all ranks
+`step` runs on every rank of `gloo.run`: it builds the model by its builder, under Megatron's DDP, and takes one global
+batch through Megatron's schedule with our forward step and loss function. Gradients and weights are known by the names
+and places that they have in a *checkpoint*, which mean the same in every layout: `train` puts the slices of all ranks
 together, and checks that the copies of a slice agree.
 
 Deliberately absent: `megatron.training.pretrain`, which tests/e2e runs.
@@ -108,7 +108,7 @@ def _whole(parts: list[Slice]) -> dict[str, Tensor]:
 def step(layout: Layout, toy: Toy) -> Rank:
     """One step, or `toy.optimizer_steps` of them, on this rank."""
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    model, optimizer = _build(layout, toy)
+    model, optimizer = build(layout, toy)
     core = unwrap_model(model[0])
     metrics, gradients, norms = {}, [], {}
     for _ in range(max(1, toy.optimizer_steps)):
@@ -127,7 +127,7 @@ def step(layout: Layout, toy: Toy) -> Rank:
     return Rank(metrics, gradients, weights, norms)
 
 
-def _build(layout: Layout, toy: Toy) -> tuple[list, Any]:
+def build(layout: Layout, toy: Toy) -> tuple[list, Any]:
     """Model under DDP, with the toy's weights, and the optimizer or None."""
     parallel_state.initialize_model_parallel(
         layout.tp,
@@ -217,7 +217,7 @@ def _slices(model: torch.nn.Module, value_of: Callable[[Tensor], Tensor]) -> lis
 
 
 def _forward_backward(model: list, layout: Layout, toy: Toy) -> dict[str, Tensor]:
-    """The global batch through Megatron's schedule. Data-parallel rank r takes every dp-th micro-batch from the r-th on."""
+    """The global batch through Megatron's schedule; data-parallel rank r takes the micro-batches r, r + dp, ..."""
     whole, size = samples(toy), toy.micro_batch_size
     micro_batches = [whole[i : i + size] for i in range(0, SAMPLES, size)]
     mine = micro_batches[parallel_state.get_data_parallel_rank() :: layout.dp]
@@ -259,5 +259,3 @@ def _gather_reduced(model: Any) -> None:
         for bucket in group.buckets:
             parts = list(bucket.grad_data.chunk(parallel.size()))
             dist.all_gather(parts, parts[parallel.rank()].clone(), group=parallel)
-
-import sys; sys.path.insert(0, "/tmp/work/par"); import shim  # TEMPORARY

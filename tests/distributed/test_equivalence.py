@@ -39,7 +39,12 @@ LAYOUTS = {
 }
 TOP = {"top_n": 10}
 UNEQUAL_SHARES = MTPDConfig(
-    **TOP, ce_embedding_share=0.75, ce_output_share=0.5, kd_trunk_share=0.0, kd_embedding_share=0.5, kd_output_share=0.25
+    **TOP,
+    ce_embedding_share=0.75,
+    ce_output_share=0.5,
+    kd_trunk_share=0.0,
+    kd_embedding_share=0.5,
+    kd_output_share=0.25,
 )
 PLAIN, EXPERTS = Toy(), Toy(experts=4)
 TOYS = {

@@ -52,9 +52,7 @@ def test_results_come_back_by_rank(ranks):
 
 
 def test_the_traceback_of_the_rank_that_raised():
-    with pytest.raises(
-        RankError, match=r"(?s)rank 3 of 4 raised:.*in fail_on_last\n.*KeyError: 'the reason'"
-    ):
+    with pytest.raises(RankError, match=r"(?s)rank 3 of 4 raised:.*in fail_on_last\n.*KeyError: 'the reason'"):
         run(fail_on_last, 4, "the reason")
 
 
@@ -65,9 +63,7 @@ def test_a_dead_rank():
 
 def test_a_hanging_rank_ends_at_the_time_limit_and_shows_where_it_is():
     start = time.monotonic()
-    with pytest.raises(
-        RankError, match=r"(?s)1 of 2 ranks did not end within 1 s.*rank 0 is here.*in hang_on_first"
-    ):
+    with pytest.raises(RankError, match=r"(?s)1 of 2 ranks did not end within 1 s.*rank 0 is here.*in hang_on_first"):
         run(hang_on_first, 2, timeout=1.0)
     assert time.monotonic() - start < 15  # the limit, plus what a busy machine takes to notice
 

@@ -93,15 +93,21 @@ def test_weights_are_per_head_and_linear():
 def test_the_gradient_is_the_slope_of_the_reported_loss(objective):
     """Along a line through the heads' weights, where the teacher stands still: central differences.
 
-    Steps of 1e-3 of a weight's size give an error of the third derivative, below 1e-3, and of fp32 losses of 1e-6 / 1e-3.
+    The step balances two errors: kinks of the objective and its third derivative, and losses of 10 with 7 digits.
+    Measured at 3e-4: below 1e-4; at 1e-3 and at 3e-5: 1e-3 and more.
     """
     mtpd = MTPDConfig(**TOP, objective=objective, alpha=[0.3, 0.7], beta=[0.9, 0.4])
-    toy, step = Toy(mtpd=mtpd, micro_batch_size=4, masked=True), 1e-3
+    toy, step = Toy(mtpd=mtpd, micro_batch_size=4, masked=True), 3e-4
     slope = sum(
-        float((value * (initial_weight(replace(toy, nudge=1.0), name, value.shape) - initial_weight(toy, name, value.shape))).sum())
+        float(
+            (
+                value
+                * (initial_weight(replace(toy, nudge=1.0), name, value.shape) - initial_weight(toy, name, value.shape))
+            ).sum()
+        )
         for name, value in train(ONE, toy).gradients.items()
     )
-    assert slope == pytest.approx((loss(toy, step) - loss(toy, -step)) / (2 * step), rel=5e-3)
+    assert slope == pytest.approx((loss(toy, step) - loss(toy, -step)) / (2 * step), rel=1e-3)
 
 
 def loss(toy, nudge):
@@ -110,7 +116,9 @@ def loss(toy, nudge):
     total = sum(mtpd.alpha[k] * metrics[f"ce/{k + 1}"][0] / metrics[f"ce/{k + 1}"][1] for k in range(HEADS))
     if mtpd.objective == "e2e_tv":  # one term for all heads, over the drafts of head 1
         return float(total + sum(mtpd.beta) * metrics["kd/1"][0] / metrics["kd/1"][1])
-    return float(total + sum(mtpd.beta[k] * metrics[f"kd/{k + 1}"][0] / metrics[f"kd/{k + 1}"][1] for k in range(HEADS)))
+    return float(
+        total + sum(mtpd.beta[k] * metrics[f"kd/{k + 1}"][0] / metrics[f"kd/{k + 1}"][1] for k in range(HEADS))
+    )
 
 
 def test_nothing_crosses_a_document_end():
@@ -125,7 +133,7 @@ def test_nothing_crosses_a_document_end():
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
 def test_clipping(apart):
-    """Heads and main model by norms of their own, or all by one norm: the norms, and what the optimizer makes of them."""
+    """Heads and main model by norms of their own, or all by one: the norms, and what the optimizer makes of them."""
     toy = Toy(mtpd=MTPDConfig(**TOP, clip_apart=apart), optimizer_steps=1, clip=1.0)
     result = train(ONE, toy)
     groups = {"trunk": of_main_model, "mtp": of_heads} if apart else {"trunk": dict}

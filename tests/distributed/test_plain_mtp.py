@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mtpd.config import SHARES, MTPDConfig
+from tests.distributed.gloo import RankError
 from tests.distributed.layouts import train
 from tests.distributed.test_equivalence import check_tensors, difference
 from tests.distributed.toy import Layout, Toy
@@ -41,11 +42,10 @@ def check_same(ours, megatrons):
     check_tensors(ours.gradients, megatrons.gradients, GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
+@pytest.mark.parametrize(("toy", "layout"), [(t, x) for t in TOYS for x in LAYOUTS if (t, x) != ("tied", "pp2")])
 def test_beta_0_is_plain_mtp(toy, layout):
-    if toy.tied and len(layout.stages) > 1:
-        pytest.xfail("megatron-core 0.19: tied embeddings and MTP on two stages, its own checkpoint refuses the model")
+    """`tied` on two stages is missing: see the faults below."""
+    toy, layout = TOYS[toy], LAYOUTS[layout]
     check_same(train(layout, toy), train(layout, replace(toy, megatron=True)))
 
 
@@ -66,3 +66,21 @@ def test_the_default_forms_no_pair_across_masked_positions():
     ours, megatrons = train(Layout(), toy), train(Layout(), replace(toy, megatron=True))
     name = "mtp.layers.0.eh_proj.weight"
     assert difference(ours.gradients[name], megatrons.gradients[name]) > 0.1
+
+
+# Faults of megatron-core 0.19 that we work around. When one of these tests fails, it is mended: the workaround can go.
+
+
+def test_megatron_cannot_save_tied_embeddings_with_heads_on_a_second_stage():
+    """Worked around in `MTPDModel.__init__`: no unused weight in the output layer."""
+    with pytest.raises(RankError, match=r"tie_embeddings_and_output_weights_state_dict\n.*output_layer.weight"):
+        train(LAYOUTS["pp2"], Toy(tied=True, megatron=True))
+
+
+def test_megatrons_per_token_loss_of_heads_depends_on_the_micro_batches():
+    """Worked around in `losses.eager`: plain sums. Measured: 7 % of the gradient of eh_proj, ours 5e-7."""
+    for megatron, depends in ((True, True), (False, False)):
+        toy = Toy(mtpd=MEGATRON_RULE, masked=True, per_token=True, megatron=megatron)
+        one, four = (train(Layout(), replace(toy, micro_batch_size=size)).gradients for size in (1, 4))
+        error = difference(one["mtp.layers.0.eh_proj.weight"], four["mtp.layers.0.eh_proj.weight"])
+        assert (error > 0.01) is depends and (error < GRADIENT_TOLERANCE) is not depends

@@ -81,6 +81,8 @@ def test_rng_tracker_forks_and_restores_the_cpu_generator():
     drawn = torch.rand(4)
     torch.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(4), drawn)
+    with pytest.raises(RuntimeError, match="add --no-load-rng"):
+        torch.cuda.set_rng_state(torch.zeros(16, dtype=torch.uint8))  # the size of a GPU's
 
 
 def test_setup_twice_is_setup_once():

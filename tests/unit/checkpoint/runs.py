@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_mtpd.checkpoint.iterations import write_tracker
+
 TRUNK = {
     "embedding.word_embeddings.weight": (64, 16),
     "decoder.layers.0.self_attention.linear_qkv.weight": (32, 16),
@@ -127,7 +129,7 @@ def save_checkpoint(
     directory = root / f"iter_{iteration:07d}"
     directory.mkdir(parents=True, exist_ok=True)
     (saver or dist_checkpointing.save)(state, str(directory))
-    (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    write_tracker(root, iteration)
     return directory
 
 

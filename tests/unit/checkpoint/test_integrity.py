@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtpd.checkpoint.integrity import MANIFEST, verify, write_manifest
 from megatron_mtpd.checkpoint.metadata import read_metadata
@@ -66,7 +67,9 @@ def test_an_unfinished_save_is_told_from_damage(copy, name):
 
 
 def test_a_flipped_bit_is_found_wherever_it_matters(saved, copy):
-    """Sixty places at random: what the check passes over is padding, and loads as if nothing had happened."""
+    """Sixty places at random. What the check passes over is padding, which loads as if nothing had happened, or a field
+    of an archive that only torch insists on: its load fails. Nothing loads with other weights.
+    """
     model, _ = saved
     path = data_file(copy)
     good, found = path.read_bytes(), 0
@@ -76,7 +79,11 @@ def test_a_flipped_bit_is_found_wherever_it_matters(saved, copy):
             assert damaged_files(copy) == [path.name]
             found += 1
         else:
-            loaded = load_weights(copy, model, tp=1)
+            try:
+                loaded = load_weights(copy, model, tp=1)
+            except CheckpointException:
+                path.write_bytes(good)
+                continue
             assert all(torch.equal(loaded[key], tensor) for key, tensor in model.tensors.items())
         path.write_bytes(good)
     assert found > 20  # the tensors here are small: half of the file is padding

@@ -122,14 +122,14 @@ def test_a_quick_look_reads_no_data(root):
 def test_an_iteration_that_is_not_there(root):
     with pytest.raises(CheckpointError, match=r"iter_0000250: no such directory.* --ckpt-step 200"):
         check_loadable(root, 250)
-    with pytest.raises(CheckpointError, match="Iterations in .*: 100, 200, 300"):
+    with pytest.raises(CheckpointError, match=r"Iterations in .*: 100, 200, 300"):
         resolve(root, 250)
 
 
 @pytest.mark.parametrize("text", ["", "3o0", "-1"])
 def test_a_tracker_that_was_cut_short(root, text):
     (root / TRACKER).write_text(text)
-    with pytest.raises(CheckpointError, match=f"{TRACKER} says '{text}'.* Write 300 into it"):
+    with pytest.raises(CheckpointError, match=rf"{TRACKER} says '{text}'.* Write 300 into it"):
         check_loadable(root)
 
 

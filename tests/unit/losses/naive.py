@@ -1,8 +1,7 @@
-"""The losses once more, as naively as they can be said: float64, one row or one position at a time, Python's own sorting.
+"""The losses once more, as naively as they can be said: float64, a row or a position at a time, Python's own sorting.
 
-Nothing of the package is used but the names of its options, so agreement with it means something. `document` and
-`pairs` follow the words of the method, not the code: a pair of position and target counts when nothing between them is
-masked or ends a document.
+Nothing of the package is used but the names of its options, so agreement with it means something. Which pairs of position
+and target count follows the words of the method: nothing between them is masked or ends a document.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def top_set(row: Tensor, n: int) -> list[int]:
 
 
 def topn_kl(teacher: Tensor, student: Tensor, n: int, temperature: float = 1.0) -> Tensor:
-    """KL over the teacher's top set; teacher and student are rows [V], the teacher not detached: see `rows`."""
+    """KL over the teacher's top set; of rows [V]."""
     ids = torch.tensor(top_set(teacher, n))
     log_p = (teacher[ids] / temperature).log_softmax(-1)
     log_q = (student[ids] / temperature).log_softmax(-1)
@@ -59,9 +58,7 @@ def rows(function, teacher: Tensor, student: Tensor, *args, **kwargs) -> Tensor:
     return torch.stack([function(t, z, *args, **kwargs) for t, z in flat]).reshape(teacher.shape[:-1])
 
 
-def has_target(
-    i: int, k: int, loss_mask: list[float], document_ends: list[bool] | None, cross_documents: bool
-) -> bool:
+def has_target(i: int, k: int, loss_mask: list[float], document_ends: list[bool] | None, cross_documents: bool) -> bool:
     """Whether head k at position i of one sequence has a target that it may learn from."""
     if i + k >= len(loss_mask):
         return False
@@ -111,9 +108,7 @@ def mtpd_loss(
         for b in range(batch):
             ends = None if document_ends is None else document_ends[:, b].tolist()
             mask = loss_mask[:, b].tolist()
-            counts[i, b] = [
-                k for k in range(num_heads) if has_target(i, k + 1, mask, ends, config.cross_documents)
-            ]
+            counts[i, b] = [k for k in range(num_heads) if has_target(i, k + 1, mask, ends, config.cross_documents)]
     zero = main.new_zeros(())
     cross_entropy, distillation = [zero] * num_heads, [zero] * num_heads
     tokens = [0.0] * num_heads

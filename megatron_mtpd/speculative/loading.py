@@ -1,0 +1,157 @@
+"""Build the model of a checkpoint for decoding, at the tensor-parallel size asked for, from what the checkpoint says.
+
+The checkpoint holds the arguments of its training run: no flag of that run is needed again. Whatever its layout was, the
+model is built whole, on the local modules, and its weights are loaded resharded. The ranks of the job form as many
+data-parallel replicas as fit: world size / tensor-parallel size.
+
+Deliberately absent: pipeline, expert and context parallelism, and checkpoints in other formats than `torch_dist`.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mtpd import platform
+
+platform.setup()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.training.argument_utils import hybrid_config_from_args  # noqa: E402
+
+from megatron_mtpd.checkpoint.iterations import Iteration, resolve  # noqa: E402
+from megatron_mtpd.checkpoint.metadata import CheckpointError, read_metadata  # noqa: E402
+from megatron_mtpd.model import MTPDModel, MTPDModelBuilder, MTPDModelConfig  # noqa: E402
+from megatron_mtpd.speculative.attention import cached_spec  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, on this rank's device, and where it comes from."""
+
+    model: MTPDModel
+    args: Namespace
+    directory: Path
+    iteration: Iteration | None
+
+    @property
+    def num_heads(self) -> int:
+        return self.model.config.mtp_num_layers or 0
+
+
+def start_distributed(tensor_parallel: int = 1) -> None:
+    """Join the job of torchrun or srun, or be alone, and make the process groups. Once a process.
+
+    Raises ValueError when the tensor-parallel size does not divide the number of ranks.
+    """
+    if not dist.is_initialized():
+        for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+            if slurm in os.environ and "MASTER_ADDR" in os.environ:
+                os.environ.setdefault(name, os.environ[slurm])
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    ranks = dist.get_world_size()
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise ValueError(f"--tensor-model-parallel-size {tensor_parallel} does not divide the {ranks} ranks of the job.")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+        model_parallel_cuda_manual_seed(1234)
+
+
+def load(path: Path, ckpt_step: int | None = None, dtype: str | None = None) -> Loaded:
+    """Load a checkpoint (of a run: its last one, or `ckpt_step`) into a model for decoding.
+
+    Every rank calls it, after `start_distributed`. `dtype`: of the weights, fp32, bf16 or fp16; default: as trained.
+    Raises CheckpointError, naming the file, where there is no loadable checkpoint, ValueError for a model that cannot
+    be decoded.
+    """
+    iteration, directory = resolve(Path(path), ckpt_step)
+    num_heads = read_metadata(directory).num_heads
+    state = dist_checkpointing.load_common_state_dict(str(directory))
+    if "args" not in state:
+        raise CheckpointError(f"{directory} holds no arguments: it was not saved by Megatron's training loop.")
+    args = decoding_args(state["args"], num_heads, parallel_state.get_tensor_model_parallel_world_size(), dtype)
+    model = build(args)
+    sharded = model.sharded_state_dict(prefix="", metadata=state.get("content_metadata"))
+    loaded = dist_checkpointing.load({"model": sharded}, str(directory), strict=StrictHandling.LOG_UNEXPECTED)
+    model.load_state_dict(loaded["model"], strict=False)  # extra states of other modules are nobody's
+    return Loaded(model, args, directory, iteration if iteration is not None else state.get("iteration"))
+
+
+def decoding_args(saved: Namespace, num_heads: int, tensor_parallel: int, dtype: str | None = None) -> Namespace:
+    """A training run's arguments, as the same model has to be built here.
+
+    `num_heads` is what the checkpoint holds, which looped extension may have changed since. Raises ValueError.
+    """
+    args = copy(saved)
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if not pattern:
+        raise ValueError("The checkpoint is not of a HybridModel: it names no --hybrid-layer-pattern.")
+    main, *heads = pattern.replace("|", "").split("/")
+    if num_heads and heads:
+        args.hybrid_layer_pattern = "/".join([main, *[heads[0]] * num_heads])
+        args.mtp_num_layers = num_heads
+    params_dtype = DTYPES[dtype] if dtype else args.params_dtype
+    changed = {
+        "tensor_model_parallel_size": tensor_parallel,
+        "world_size": dist.get_world_size(),
+        "rank": dist.get_rank(),
+        "params_dtype": params_dtype,
+        "bf16": params_dtype == torch.bfloat16,
+        "fp16": params_dtype == torch.float16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "transformer_impl": "local",
+        **dict.fromkeys(_ONE, 1),
+        **dict.fromkeys(_NONE),
+        **dict.fromkeys(_OFF, False),
+        **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
+    }
+    for name, value in changed.items():
+        setattr(args, name, value)
+    return args
+
+
+_ONE = (
+    *("pipeline_model_parallel_size", "transformer_pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+)
+_NONE = (
+    *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", "recompute_granularity"),
+    *("recompute_method", "recompute_num_layers", "recompute_modules", "fp8", "fp4", "spec"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+)
+_OFF = (
+    *("sequence_parallel", "gradient_accumulation_fusion", "apply_rope_fusion", "masked_softmax_fusion"),
+    *("bias_swiglu_fusion", "bias_gelu_fusion", "tp_comm_overlap", "moe_permute_fusion", "moe_router_fusion"),
+    *("moe_grouped_gemm", "fine_grained_activation_offloading", "deterministic_mode"),
+)
+
+
+def build(args: Namespace) -> MTPDModel:
+    """The model that the arguments describe, in evaluation mode, with weights still to be loaded."""
+    config: MTPDModelConfig = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
+    return build_from_config(config)
+
+
+def build_from_config(config: MTPDModelConfig) -> MTPDModel:
+    """The whole model with attention that decodes, on this tensor-parallel group, in evaluation mode."""
+    config.hybrid_stack_spec = cached_spec(config.transformer)
+    model = MTPDModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    if torch.cuda.is_available():
+        model.cuda()
+    return model.to(config.transformer.params_dtype).eval()
