@@ -318,6 +318,26 @@ _EVERYWHERE = (
         lambda original: _remembered(original),
         "the loop has no hook that sees the optimizer",
     ),
+    Patch(
+        "megatron.core.dist_checkpointing",
+        "save",
+        lambda original: _checkpoint_seam().saves_whole(original),
+        "a save leaves a manifest, and a killed one nothing that looks whole",
+        ("sharded_state_dict", "checkpoint_dir", "async_sharded_save"),
+    ),
+    Patch(
+        "megatron.training.checkpointing",
+        "maybe_msc",
+        lambda original: _checkpoint_seam().replaces_trackers(original),
+        "the tracker is emptied and then written: a kill in between leaves an empty one",
+    ),
+    Patch(
+        "megatron.training.training",
+        "load_checkpoint",
+        lambda original: _checkpoint_seam().loads_checked(original, _get_args, lambda args: args.verify_checkpoint),
+        "a damaged checkpoint is named, and the last good one offered, before anything is read",
+        ("ddp_model", "load_arg"),
+    ),
 )
 
 
@@ -447,6 +467,14 @@ def set_tensorboard_writer(writer: Any) -> None:
     name = "_GLOBAL_TENSORBOARD_WRITER"
     owner, _ = Patch("megatron.training.global_vars", name, _replace(writer), "the loop's reports").resolve()
     setattr(owner, name, writer)
+
+
+def _checkpoint_seam() -> Any:
+    return importlib.import_module("megatron_mtpd.checkpoint.seam")
+
+
+def _get_args() -> Any:
+    return importlib.import_module("megatron.training").get_args()
 
 
 _optimizers: list[Any] = []

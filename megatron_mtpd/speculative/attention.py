@@ -1,7 +1,7 @@
-"""Attention with a cache of keys and values: the one module that decoding changes in the model.
+"""Attention with a cache of keys and values, and the spec of the layers that decode.
 
-Contract: `cached_spec(config)` is the local spec of the layers with `CachedAttention` in the place of its core attention;
-parameters and checkpoint keys stay the same. While a `KVCache` is attached to the module, the keys and values of a pass
+Contract: `cached_spec(config)` is the local spec of the layers with `CachedAttention` as its core attention, and with the
+layers of `layers`; parameters and checkpoint keys stay the same. While a `KVCache` is attached to the module, the keys and values of a pass
 are stored at their positions, and its queries see what the attention mask leaves visible of everything stored. Without
 one it is causal attention, as in training.
 
@@ -11,15 +11,18 @@ Deliberately absent: paging, and quantised or sliding-window caches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mtpd import platform
 from megatron_mtpd.specs import SDPAttention, local_norm, local_spec
+from megatron_mtpd.speculative import layers
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,23 @@ class CachedAttention(SDPAttention):
 
 
 def cached_spec(config: TransformerConfig) -> ModuleSpec:
-    """The spec of the layers of a `HybridModel` that can decode; its last norm is put in place, as in training."""
+    """The spec of the layers of a `HybridModel` that can decode; its last norm is put in place, as in training.
+
+    Raises ValueError for a model that decoding does not support.
+    """
+    layers.refuse(config)
     platform.replace_norm(local_norm)
     spec = local_spec(config)
-    attention = spec.submodules.attention_layer.submodules.self_attention  # pyright: ignore[reportOptionalMemberAccess]
+    stack: Any = spec.submodules
+    attention = stack.attention_layer.submodules.self_attention
+    stack.attention_layer.module = layers.AttentionLayer
+    attention.module = layers.DecodingAttention
+    attention.submodules.linear_qkv = layers.ColumnLinear
+    attention.submodules.linear_proj = layers.RowLinear
     attention.submodules.core_attention = CachedAttention
+    stack.mlp_layer.module = layers.DenseLayer
+    linears = MLPSubmodules(linear_fc1=layers.ColumnLinear, linear_fc2=layers.RowLinear)
+    stack.mlp_layer.submodules.mlp = partial(MLP.as_mlp_submodule, submodules=linears)
+    for head in stack.mtp_block_spec.submodules.layer_specs:
+        head.submodules.eh_proj = layers.ColumnLinear
     return spec

@@ -101,14 +101,14 @@ class Decoder:
         if not self._attentions[0]:
             raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
         self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
-        self._rotary = _rotary_table(model, capacity + 1)
+        self._rotary = None if model.position_embedding_type == "none" else rotary_table(model, capacity + 1)
 
     # One depth over one window --------------------------------------------------------------------------------
 
     def _run(self, depth: int, window: Window) -> Tensor:
         """Hidden states [s, b, h] of a depth, after its final norm; its caches are extended."""
         state, model = self.state, self.model
-        rotary = None if self._rotary is None else self._rotary[window.positions.t()].unsqueeze(2)
+        rotary = self._rotary and self._rotary.at(window.positions)
         ids = state.tokens[window.slots].gather(1, (window.positions + depth).clamp(max=state.capacity))
         for attention, cache in zip(self._attentions[depth], state.caches[depth], strict=True):
             attention.cache, cache.window = cache, window
@@ -276,14 +276,3 @@ class Decoder:
         state.valid[0, slots] = after - 1
         for k in range(1, depths_run + 1):
             state.valid[k, slots] = torch.minimum(before - 1, after - 1 - k).clamp(min=0)
-
-
-def _rotary_table(model: MTPDModel, length: int) -> Tensor | None:
-    """Rotary angles of the positions, [length, d]; None for a model without."""
-    if model.position_embedding_type == "none":
-        return None
-    if model.position_embedding_type == "yarn":  # its scale of the attention is applied by Megatron's attention
-        table, _ = model.rotary_pos_emb(length)
-    else:
-        table = model.rotary_pos_emb.get_emb(length)
-    return table[:, 0, 0]

@@ -25,6 +25,11 @@ from typing import Any
 
 VARIANTS = ("megatron_mtp", "mtpd_eager", "mtpd_fused")
 BASELINE = "megatron_mtp"
+_RATIOS = {
+    "ratio_time_vs_megatron": "seconds_median",
+    "ratio_cpu_time_vs_megatron": "cpu_seconds_median",
+    "ratio_memory_vs_megatron": "peak_extra_bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,11 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Measure `repeats` steps of every variant, in turns, after one to warm up.
 
-    Returns a row a variant: `variant, seconds_median, seconds_min, seconds_max, peak_extra_bytes` (of the fullest rank),
-    `tp_bytes` (what one rank gives to collectives in a step), `ratio_time_vs_megatron, ratio_memory_vs_megatron`
-    (None without that variant). Raises RuntimeError with the end of its output when a variant fails.
+    Returns a row a variant: `variant, seconds_median, seconds_min, seconds_max, cpu_seconds_median` (of the processor, all
+    threads: what other work on the machine disturbs least), `peak_extra_bytes` (of the fullest rank), `tp_bytes` (of the
+    collectives' tensors on one rank in a step), `ratio_time_vs_megatron, ratio_cpu_time_vs_megatron,
+    ratio_memory_vs_megatron` (None without that variant). Raises RuntimeError with the end of its output when a variant
+    fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         workers: dict[str, _Worker] = {}
@@ -76,7 +83,7 @@ def benchmark(
                 workers[variant] = _Worker(variant, workload, Path(folder))
             for worker in workers.values():
                 worker.step()
-            seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+            seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
             for turn in range(repeats):
                 for variant, worker in workers.items():
                     seconds[variant].append(worker.step())
@@ -84,37 +91,38 @@ def benchmark(
         finally:
             for worker in workers.values():
                 worker.stop()
-    rows = [
-        {
-            "variant": variant,
-            "seconds_median": statistics.median(times),
-            "seconds_min": min(times),
-            "seconds_max": max(times),
-            "peak_extra_bytes": workers[variant].peak_extra_bytes,
-            "tp_bytes": workers[variant].tp_bytes,
-        }
-        for variant, times in seconds.items()
-    ]
+    rows = []
+    for variant, times in seconds.items():
+        wall, cpu = zip(*times, strict=True)
+        rows.append(
+            {
+                "variant": variant,
+                "seconds_median": statistics.median(wall),
+                "seconds_min": min(wall),
+                "seconds_max": max(wall),
+                "cpu_seconds_median": statistics.median(cpu),
+                "peak_extra_bytes": workers[variant].peak_extra_bytes,
+                "tp_bytes": workers[variant].tp_bytes,
+            }
+        )
     base = next((row for row in rows if row["variant"] == BASELINE), None)
     for row in rows:
-        row["ratio_time_vs_megatron"] = base and row["seconds_median"] / base["seconds_median"]
-        row["ratio_memory_vs_megatron"] = base and row["peak_extra_bytes"] / base["peak_extra_bytes"]
+        for ratio, name in _RATIOS.items():
+            row[ratio] = base and row[name] / base[name]
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
-    titles = f"{'variant':14}{'ms a step':>12}{'min':>9}{'max':>9}{'extra MB':>10}{'TP MB':>9}{'time':>8}{'memory':>8}"
-    lines = [f"{titles}  (vs {BASELINE})"]
+    titles = ("variant", "ms a step", "min", "max", "extra MB", "TP MB", "time", "CPU time", "memory")
+    lines = [titles]
     for row in rows:
-        times = [1e3 * row[f"seconds_{name}"] for name in ("median", "min", "max")]
-        sizes = [row["peak_extra_bytes"] / 1e6, row["tp_bytes"] / 1e6]
-        ratios = [row["ratio_time_vs_megatron"], row["ratio_memory_vs_megatron"]]
-        shown = "".join(f"{'-':>8}" if ratio is None else f"{ratio:8.3f}" for ratio in ratios)
-        lines.append(
-            f"{row['variant']:14}{times[0]:12.1f}{times[1]:9.1f}{times[2]:9.1f}{sizes[0]:10.1f}{sizes[1]:9.2f}{shown}"
-        )
-    return "\n".join(lines)
+        times = [f"{1e3 * row[f'seconds_{name}']:.1f}" for name in ("median", "min", "max")]
+        sizes = [f"{row['peak_extra_bytes'] / 1e6:.1f}", f"{row['tp_bytes'] / 1e6:.2f}"]
+        ratios = ["-" if row[ratio] is None else f"{row[ratio]:.3f}" for ratio in _RATIOS]
+        lines.append((row["variant"], *times, *sizes, *ratios))
+    shown = [f"{name:14}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines]
+    return "\n".join([f"{shown[0]}  (the last three: times that of {BASELINE})", *shown[1:]])
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path, workload: Workload) -> None:
@@ -158,8 +166,8 @@ class _Worker:
                 )
             self.ranks.append(process)
 
-    def step(self) -> float:
-        """Run one step on all ranks; seconds of the slowest."""
+    def step(self) -> tuple[float, float]:
+        """Run one step on all ranks; seconds of the slowest, and of its processor."""
         for process in self.ranks:
             try:
                 process.stdin.write("step\n")
@@ -169,7 +177,7 @@ class _Worker:
         answers = [self._answer(process) for process in self.ranks]
         self.peak_extra_bytes = max(answer["peak_extra_bytes"] for answer in answers)
         self.tp_bytes = max(answer["tp_bytes"] for answer in answers)
-        return max(answer["seconds"] for answer in answers)
+        return max(answer["seconds"] for answer in answers), max(answer["cpu_seconds"] for answer in answers)
 
     def _answer(self, process: subprocess.Popen) -> dict[str, Any]:
         for line in process.stdout:
@@ -200,11 +208,11 @@ def _serve(variant: str, workload: Workload, store: str) -> None:
         if counter is None:  # the step that warms up
             with CountBytes() as counter:
                 step()
-            answer = {"seconds": 0.0}
+            answer = {"seconds": 0.0, "cpu_seconds": 0.0}
         else:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step()
-            answer = {"seconds": time.perf_counter() - start}
+            answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
         answer |= {"peak_extra_bytes": memory.peak_extra_bytes(), "tp_bytes": counter.bytes}
         print(_ANSWER + json.dumps(answer), flush=True)
 

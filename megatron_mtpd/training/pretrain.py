@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_mtpd import platform
 
@@ -27,6 +28,7 @@ from megatron.training.argument_utils import (  # noqa: E402
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
+from megatron_mtpd.checkpoint.metadata import CheckpointError  # noqa: E402
 from megatron_mtpd.config import MTPDConfig  # noqa: E402
 from megatron_mtpd.data.datasets import train_valid_test_datasets_provider  # noqa: E402
 from megatron_mtpd.model import MTPDModelConfig  # noqa: E402
@@ -62,20 +64,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         model_config = model_config_from_args(args)
-    except ValueError as error:  # the user's to mend: one line, once, and no traceback of every rank
-        sys.exit(f"pretrain_mtpd.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 2)
+    except ValueError as error:
+        _fail(error)
     _report_to(args, model_config.mtpd)
     # Started without torchrun there is one process, and no address to meet at.
     store = torch.distributed.HashStore() if args.world_size == 1 else None
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+        )
+    except CheckpointError as error:  # every rank raises it, before anything is loaded
+        _fail(error)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _fail(error: Exception) -> NoReturn:
+    """End with a line for the user, who can mend it, instead of a traceback of every rank."""
+    sys.exit(f"pretrain_mtpd.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 2)
 
 
 def _report_to(args: Namespace, mtpd: MTPDConfig) -> None:

@@ -123,6 +123,8 @@ def step(layout: Layout, toy: Toy) -> Rank:
         if optimizer is not None:
             _, norm, _ = optimizer.step()
             norms = {"trunk": norm} | optimizer.grad_norms_by_group
+    if layout.overlap and layout.distributed_optimizer:
+        model[0].disable_forward_pre_hook(param_sync=True)  # the last step's weights are still on their way
     weights = _slices(core, lambda parameter: parameter.data) if optimizer is not None else []
     return Rank(metrics, gradients, weights, norms)
 
@@ -143,8 +145,9 @@ def build(layout: Layout, toy: Toy) -> tuple[list, Any]:
         DistributedDataParallelConfig(
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_grad_reduce=layout.overlap,
+            overlap_param_gather=layout.overlap and layout.distributed_optimizer,
             grad_reduce_in_fp32=True,
-            bucket_size=5000 if layout.overlap else None,  # several buckets
+            bucket_size=3000 if layout.overlap else None,  # the output layer has one of its own
         ),
     )
     with torch.no_grad():
@@ -165,6 +168,7 @@ def build(layout: Layout, toy: Toy) -> tuple[list, Any]:
             bf16=toy.bf16,
             params_dtype=config.transformer.params_dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=layout.overlap and layout.distributed_optimizer,
         ),
         model,
     )

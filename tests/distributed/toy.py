@@ -37,7 +37,7 @@ class Layout:
     stages: tuple[int, ...] = (BLOCKS,)
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
-    overlap: bool = False
+    overlap: bool = False  # reductions and gathers of the data-parallel ranks with computation
 
     @property
     def ranks(self) -> int:

@@ -26,7 +26,10 @@ class May(NamedTuple):
 RULES = {
     "": May("", ""),  # megatron_mtpd/__init__.py
     "config": May("", ""),
-    "platform": May("", "torch megatron.core megatron.training psutil"),
+    "checkpoint": May(
+        "config", "torch numpy megatron.core.dist_checkpointing safetensors transformers gguf tqdm"
+    ),
+    "platform": May("checkpoint", "torch megatron.core megatron.training psutil"),
     "provenance": May("", "torch"),
     "losses.vocab_parallel": May("", "torch"),
     "losses.objectives": May("config losses.vocab_parallel", "torch"),
@@ -39,11 +42,8 @@ RULES = {
     "data.datasets": May("config platform", "torch numpy megatron.core megatron.training"),
     "data": May("config provenance", "torch numpy megatron.core.datasets sentencepiece transformers tqdm"),
     "training": May(
-        "config platform provenance losses specs model data",
+        "config platform provenance losses specs model data checkpoint",
         "torch numpy megatron.core megatron.training tensorboard matplotlib tqdm deepspeed",
-    ),
-    "checkpoint": May(
-        "config", "torch numpy megatron.core.dist_checkpointing safetensors transformers gguf tqdm"
     ),
     "speculative": May(
         "config platform provenance losses specs model data checkpoint",
@@ -187,7 +187,7 @@ def test_tools_are_short() -> None:
         ("model", "from . import training"),
         ("model", "from megatron.training import get_args"),
         ("data.text", "import megatron_mtpd.training.arguments"),
-        ("training.metrics", "from megatron_mtpd.checkpoint.inspect import heads"),
+        ("training.metrics", "from megatron_mtpd.speculative import decoder"),
         ("new_room", "import torch"),
     ],
 )

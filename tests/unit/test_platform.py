@@ -150,7 +150,10 @@ def test_full_gpu_install_keeps_torch_and_adam(monkeypatch):
     assert {patch.attribute for patch in platform.patches()} == {
         "compile_helpers",
         "get_megatron_optimizer",
+        "load_checkpoint",
         "load_parameter_state_from_dp_reshardable",
+        "maybe_msc",
+        "save",
     }
 
 

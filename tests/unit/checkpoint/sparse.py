@@ -1,7 +1,7 @@
 """A checkpoint of many gigabytes that takes no room: the tensors' bytes are holes in sparse files.
 
-Every entry is a real archive of `torch.save`, written around its hole, so it loads (as zeros, with true checksums). Norms
-hold numbers of their own, to tell the heads apart. Saved as if by four tensor-parallel ranks.
+Every entry is a real archive of `torch.save`, written around its hole, so it loads, as zeros and with true checksums.
+Norms hold numbers of their own, to tell the heads apart. Saved as if by four tensor-parallel ranks.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Extended checkpoints: what is in them, how they are written, what is refused, and what a kill leaves behind."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from megatron_mtpd.checkpoint.integrity import verify
 from megatron_mtpd.checkpoint.iterations import TRACKER, read_tracker, resolve
 from megatron_mtpd.checkpoint.looping import make_plan, zeros
 from megatron_mtpd.checkpoint.metadata import CheckpointError, read_metadata
-from tests.unit.checkpoint.runs import HEAD, SLOTS, Model, load_weights, save_checkpoint
+from tests.unit.checkpoint.runs import SLOTS, Model, load_weights, save_checkpoint
 from tests.unit.checkpoint.sparse import HEADS, SHARD, make_sparse_checkpoint, norm
 
 ROOT = Path(__file__).parents[3]
@@ -242,7 +241,7 @@ def test_a_failed_verification_leaves_no_output(run, tmp_path, monkeypatch):
 def test_an_output_is_replaced_as_a_whole_and_only_by_force(run, tmp_path):
     model, root = run
     extend(make_plan(root, 6), tmp_path / "out")
-    with pytest.raises(ValueError, match="exists and is not empty.*--force"):
+    with pytest.raises(ValueError, match=r"exists and is not empty.*--force"):
         extend(make_plan(root, 2), tmp_path / "out")
     assert_holds(tmp_path / "out", looped(model, [0, 1, 2, 0, 1, 2]))
     extend(make_plan(root, 2), tmp_path / "out", force=True)
@@ -259,7 +258,7 @@ def test_the_source_cannot_be_replaced(run, tmp_path, save):
 
 def test_a_disk_that_is_too_small_is_found_before_writing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(ValueError, match="needs .* GB, and its file system has 0.0 GB"):
+    with pytest.raises(ValueError, match=r"needs .* GB, and its file system has 0\.0 GB"):
         extend(make_plan(run[1], 6), tmp_path / "out", "copy")
     assert not (tmp_path / "out").exists()
 
@@ -403,16 +402,25 @@ def sparse(tmp_path_factory):
     return root
 
 
+# Time and memory of the process as a user starts it.
+MEASURED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import loop_extend
+    loop_extend.main(sys.argv[2:])
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(peak.split()[1])
+"""
+
+
 def test_the_size_of_a_checkpoint_costs_nothing(sparse, tmp_path):
-    """4 to 16 heads of 8 GB, in under 2 s, 2 MB of new bytes and 300 MB of memory: typically 0.15 s, 50 kB and 30 MB."""
+    """4 to 16 heads of 8 GB in under 2 s, 2 MB of new bytes and 300 MB of memory. Typical: 0.2 s, 50 kB, 30 MB."""
+    command = [sys.executable, "-c", textwrap.dedent(MEASURED), TOOL.parent, "--load", sparse]
+    command += ["--save", tmp_path / "out", "--num-heads", "16"]
     before = time.perf_counter()
-    command = [sys.executable, TOOL, "--load", sparse, "--save", tmp_path / "out", "--num-heads", "16"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.perf_counter() - before < 2
-    assert usage.ru_maxrss * 1024 < 300e6
+    assert int(done.stdout.split()[-1]) * 1024 < 300e6
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files if path.stat().st_nlink == 1) < 2e6
     assert sum(path.stat().st_size for path in files) > 8e9
@@ -445,9 +453,3 @@ def test_manifest_names_every_file(run, tmp_path):
     directory = tmp_path / "out" / "release"
     sizes = json.loads((directory / "integrity.json").read_text())["sizes"]
     assert sizes == {f.name: f.stat().st_size for f in directory.iterdir() if f.name != "integrity.json"}
-
-
-def test_head_names_are_those_of_real_models():
-    """The shapes in `runs` are small, the keys are those that Megatron's HybridModel and GPTModel write."""
-    assert any("mtp_model_layer" in name for name in HEAD["hybrid"])
-    assert any("transformer_layer" in name for name in HEAD["gpt"])

@@ -67,8 +67,8 @@ def test_an_unfinished_save_is_told_from_damage(copy, name):
 
 
 def test_a_flipped_bit_is_found_wherever_it_matters(saved, copy):
-    """Sixty places at random. What the check passes over is padding, which loads as if nothing had happened, or a field
-    of an archive that only torch insists on: its load fails. Nothing loads with other weights.
+    """Sixty places at random. What the check passes over is padding, which loads as if nothing had happened, or a
+    field of an archive that only torch insists on: its load fails. Nothing loads with other weights.
     """
     model, _ = saved
     path = data_file(copy)

@@ -1,8 +1,8 @@
 """Every objective, value and gradient, against the naive forms in float64 (`naive.py`).
 
-Two tolerances. In float64 both sides do some tens of additions and logarithms in another order: differences of 1e-15, and
-1e-11 leaves room for the cancellation in a divergence near zero while any wrong term would show. For logits of a lower
-dtype the oracle gets the same rounded logits in float64, so what is left is our fp32 arithmetic (`FP32`).
+Two tolerances. In float64 both sides do some tens of additions and logarithms in another order: differences of 1e-15,
+and 1e-11 leaves room for the cancellation in a divergence near zero while any wrong term would show. For logits of a
+lower dtype the oracle gets the same rounded logits in float64, so what is left is our fp32 arithmetic (`FP32`).
 """
 
 import math
@@ -190,7 +190,7 @@ def test_e2e_tv_is_no_function_of_one_head():
         objectives.distillation(*logits(2, 5), MTPDConfig(objective="e2e_tv"))
 
 
-# Cross-entropy, overlap -----------------------------------------------------------------------------------------------
+# Cross-entropy, overlap ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -245,7 +245,7 @@ def test_overlap_is_the_acceptance_of_rejection_sampling():
     assert abs(accepted.double().mean().item() - expected) < 0.0045
 
 
-# e2e_tv -----------------------------------------------------------------------------------------------------------------
+# e2e_tv --------------------------------------------------------------------------------------------------------------
 
 
 def naive_e2e_tv(alphas: Tensor, masks: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def test_e2e_tv_at_its_ends():
     assert objectives.e2e_tv(ones[:1], masks[:1]).tolist() == [0.0, 0.0]
 
 
-# Properties ---------------------------------------------------------------------------------------------------------------
+# Properties ----------------------------------------------------------------------------------------------------------
 
 rows_of_logits = st.integers(2, 12).flatmap(
     lambda size: st.tuples(*[st.lists(st.floats(-30, 30, width=32), min_size=size, max_size=size)] * 2)

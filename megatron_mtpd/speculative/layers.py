@@ -1,0 +1,116 @@
+"""Megatron's layers with a forward pass for decoding: the same parameters and keys, less work around the kernels.
+
+A decoding step computes a few positions, and what Megatron does around its kernels for training (autograd functions,
+offloading, fusion and recompute switches) then costs more than the kernels. Each class here inherits its parameters,
+and replaces only `forward`, by the same mathematics; tests compare it with the training model. Attention keeps Megatron's
+forward pass while no cache is attached.
+
+Deliberately absent: dropout, gradients, and the options that `refuse` names. Experts run in Megatron's own modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def refuse(config: TransformerConfig) -> None:
+    """Raises ValueError for options of a model that decoding would get wrong."""
+    for flag, value in (
+        ("--attention-output-gate", config.attention_output_gate),
+        ("--no-rope-freq", config.no_rope_freq),
+        ("--multi-latent-attention", config.multi_latent_attention),
+        ("--apply-residual-connection-post-layernorm", config.apply_residual_connection_post_layernorm),
+    ):
+        if value:
+            raise ValueError(f"The checkpoint's model was trained with {flag}, which decoding does not support.")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of the positions of a pass: `x * cos + x[..., swapped] * sin`, over the first d_rot channels.
+
+    cos, sin: [s, b, 1, d_rot] in the model's dtype, the sign of the rotation and yarn's scale in them.
+    swapped: int64 [d_rot], the other channel of each pair.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    swapped: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[s, b, heads, d] -> the same, rotated."""
+        size = self.swapped.numel()
+        turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+        out = torch.addcmul(turned * self.cos, turned.index_select(-1, self.swapped), self.sin)
+        return out if rest is None else torch.cat([out, rest], -1)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """ColumnParallelLinear without gradients; its output stays sharded."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.skip_bias_add:
+            return linear(input_, self.weight), self.bias
+        return linear(input_, self.weight, self.bias), None
+
+
+class RowLinear(RowParallelLinear):
+    """RowParallelLinear without gradients; its input is sharded."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = linear(input_, self.weight)
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            dist.all_reduce(output, group=self.tp_group)
+        if self.skip_bias_add or self.bias is None:
+            return output, self.bias
+        return output + self.bias, None
+
+
+class DecodingAttention(SelfAttention):
+    """Self-attention whose core attention has a cache; `rotary_pos_emb` is then a `Rotary`."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        """[s, b, h] -> [s, b, h] and a bias to be added, or None."""
+        if self.core_attention.cache is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        rotary: Rotary | None = kwargs.get("rotary_pos_emb")
+        if rotary is not None:
+            query, key = rotary.apply(query), rotary.apply(key)
+        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+
+
+def _add(residual: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
+    output, bias = output_with_bias
+    return residual + output if bias is None else residual + (output + bias)
+
+
+class AttentionLayer(TransformerLayer):
+    """A layer of attention alone; `mlp` is an identity."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if self.self_attention.core_attention.cache is None:
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        assert isinstance(self.mlp, IdentityOp), "the hybrid stack has the MLP in a layer of its own"
+        normed = self.input_layernorm(hidden_states)
+        rotary = kwargs.get("rotary_pos_emb")
+        return _add(hidden_states, self.self_attention(normed, attention_mask, rotary_pos_emb=rotary)), None
+
+
+class DenseLayer(MLPLayer):
+    """A layer of a dense MLP alone; attention is an identity."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return _add(hidden_states, self.mlp(self.pre_mlp_layernorm(hidden_states))), None
