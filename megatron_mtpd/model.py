@@ -150,6 +150,9 @@ class MTPDModel(HybridModel):
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
+        # As if the layer ran: its hooks wait until the weight is gathered (--overlap-param-gather).
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         return self.output_layer.weight
 
     def _logit_scale(self) -> float:

@@ -36,4 +36,5 @@ if __name__ == "__main__":
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["MTPD_RANKS_PER_NODE"]
     del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # as if Python had been given the tool
     runpy.run_path(sys.argv[0], run_name="__main__")

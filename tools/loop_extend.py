@@ -1,9 +1,8 @@
 """Give a trained checkpoint more multi-token prediction heads (looped extension), or fewer.
 
-The K trained heads, in order, initialise heads K+1, K+2, ... Works on torch_dist checkpoints of Megatron's
-HybridModel and GPTModel, of any parallel layout and size, in about a second, without a GPU: new heads are new
-names for the old heads' bytes, and the data files are hard links. Remove the old checkpoint whenever you
-like.
+The K trained heads, in order, initialise heads K+1, K+2, ... Works on torch_dist checkpoints of
+Megatron's HybridModel and GPTModel, of any parallel layout and size, in about a second, without a GPU:
+new heads are new names for old bytes, and the data files are hard links, so the old checkpoint can go.
 """
 
 import argparse
@@ -18,7 +17,7 @@ EXAMPLES = """\
 examples:
   python tools/loop_extend.py --load runs/4-heads/checkpoints --save runs/16-heads --num-heads 16
   python tools/loop_extend.py --load CKPT --save OUT --pattern 1,2,3,4,4,4,4,4 --dry-run
-then train or benchmark with --load OUT; without --keep-optimizer it starts at iteration 0 with a fresh optimizer.
+then train or benchmark with --load OUT; without --keep-optimizer it starts at iteration 0.
 """
 
 

@@ -11,6 +11,7 @@ The result appears whole or not at all: it is built in a directory beside it, wh
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -76,7 +77,7 @@ def _refuse_overlap(source: Path, save: Path) -> None:
 def _bytes_to_write(plan: Plan, mode: Mode) -> int:
     if mode == "link":
         return 0
-    infos = [info for _, info in plan.entries() if not isinstance(info, bytes)]
+    infos = [info for _, info in plan.entries if not isinstance(info, bytes)]
     if mode == "materialize":
         return sum(info.length for info in infos)
     return sum((plan.source.directory / name).stat().st_size for name in {info.relative_path for info in infos})
@@ -86,7 +87,7 @@ def _share(plan: Plan, directory: Path, mode: Mode, progress: Callable[[int], ob
     """Give the new checkpoint the old files that it needs, and write the new bytes into a file of their own."""
     storage_data, files = {}, set()
     with _Files(plan, directory) as new:
-        for index, place in plan.entries():
+        for index, place in plan.entries:
             if isinstance(place, bytes):
                 place = new.write(place)
             else:
@@ -97,7 +98,7 @@ def _share(plan: Plan, directory: Path, mode: Mode, progress: Callable[[int], ob
         if mode == "link":
             (directory / name).hardlink_to(source)
             continue
-        with source.open("rb") as reader, (directory / name).open("wb") as writer:
+        with source.open("rb") as reader, (directory / name).open("xb") as writer:
             copied(reader, writer, source.stat().st_size, progress)
         sync(directory / name)
     return storage_data
@@ -105,7 +106,7 @@ def _share(plan: Plan, directory: Path, mode: Mode, progress: Callable[[int], ob
 
 def _materialize(plan: Plan, directory: Path, progress: Callable[[int], object]) -> dict[Any, Any]:
     """Write every entry's bytes anew, in the order they have in the old files."""
-    entries = list(plan.entries())
+    entries = list(plan.entries)
     storage_data: dict[Any, Any] = dict.fromkeys(index for index, _ in entries)  # the order of the old table
     entries.sort(
         key=lambda entry: ("", 0) if isinstance(entry[1], bytes) else (entry[1].relative_path, entry[1].offset)
@@ -130,8 +131,10 @@ class _Files:
     """New data files: appends what it is given, and says where it went."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        self._directory, self._number, self._file = directory, -1, None
+        self._directory, self._file = directory, None
         self._template = next(iter(plan.source.raw.storage_data.values()))
+        taken = plan.source.files()  # an extended checkpoint can be extended again
+        self._names = (name for name in map(_NEW_FILE.format, itertools.count()) if name not in taken)
 
     def __enter__(self) -> _Files:
         return self
@@ -145,8 +148,7 @@ class _Files:
         """Append bytes, or those that an open file has at `place`; returns their place."""
         if self._file is None or self._file.tell() >= _FILE_SIZE:
             self._close()
-            self._number += 1
-            self._file = (self._directory / _NEW_FILE.format(self._number)).open("wb")
+            self._file = (self._directory / next(self._names)).open("xb")
         offset = self._file.tell()
         if isinstance(data, bytes):
             self._file.write(data)
@@ -154,7 +156,7 @@ class _Files:
             copied(data, self._file, place.length, progress)
         return changed(
             place or self._template,
-            relative_path=_NEW_FILE.format(self._number),
+            relative_path=Path(self._file.name).name,
             offset=offset,
             length=self._file.tell() - offset,
             **({} if place else {"transform_descriptors": None}),
@@ -227,7 +229,7 @@ def summary(plan: Plan, mode: Mode = "link") -> str:
     source = plan.source
     model = [key for key in source.tensors if not is_optimizer(key)]
     copies = [copy for key in model for copy, _ in plan.keys(key)]
-    files = {info.relative_path for _, info in plan.entries() if not isinstance(info, bytes)}
+    files = {info.relative_path for _, info in plan.entries if not isinstance(info, bytes)}
     held = sum((source.directory / name).stat().st_size for name in files)
     pattern = read_common_state(source).args.get("hybrid_layer_pattern")
     data = {

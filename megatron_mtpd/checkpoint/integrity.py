@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtpd.checkpoint.files import BLOCK, Progress, written_whole
-from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError, Payload, read_metadata
+from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError, Metadata, Payload, read_metadata
 
 MANIFEST = "integrity.json"
 _DIGESTED = (METADATA, CONFIG)
@@ -99,12 +99,14 @@ def verify(
     directory: Path,
     full: bool = True,
     share: tuple[int, int] = (0, 1),
+    metadata: Metadata | None = None,
 ) -> list[Problem]:
     """What is wrong with a checkpoint's files; an empty list if nothing is.
 
-    Without `full` it looks at presence, sizes and the metadata files: milliseconds. With it, every byte that
-    a load can read is read and compared with its checksum. `share` = (i, n) reads the i-th of n equal parts
-    of the data, so that n processes read it once between them; the first of them shows how far it is.
+    Without `full` it looks at presence, sizes and the metadata files: milliseconds. With it, every byte that a load
+    can read is read and compared with its checksum. `share` = (i, n) reads the i-th of n equal parts of the data, so
+    that n processes read it once between them; the first of them shows how far it is. `metadata` is the checkpoint's,
+    where it was read already.
     """
     if not directory.is_dir():
         return [Problem(directory.name, "no such directory")]
@@ -122,7 +124,8 @@ def verify(
         if name in digests and digests[name] != _digest(directory / name):
             return [Problem(name, "its bytes are not those that were written (SHA-256 differs)")]
     try:
-        metadata = read_metadata(directory) if full or not sizes else None
+        if metadata is None and (full or not sizes):
+            metadata = read_metadata(directory)
     except CheckpointError as error:
         return [Problem(METADATA, str(error))]
 
@@ -138,8 +141,7 @@ def verify(
         elif found < least:
             problems[name] = f"truncated: {found:,} bytes, at least {least:,} were written"
     if full and metadata:
-        payloads = sorted({p for _, p in metadata.payloads()}, key=lambda p: (p.file, p.offset))
-        payloads = [payload for payload in _part(payloads, *share) if payload.file not in problems]
+        payloads = [payload for payload in _part(metadata.archives(), *share) if payload.file not in problems]
         label = f"verify {directory}" if share[0] == 0 else None
         for payload, what in _damaged(payloads, directory, label):
             problems.setdefault(payload.file, f"bytes {payload.offset:,} to {payload.end:,} are damaged ({what})")

@@ -19,6 +19,7 @@ Absent on purpose: writing anything (see `extend`), and heads that share one lay
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,28 +80,31 @@ class Plan:
         head = head_of(key)
         if dropped:
             return
+        # Interned, because a pickle holds an object once, however often it is used.
         if head is None:
-            yield key, False
+            yield sys.intern(key), False
             return
         for new in self._children.get(head, ()):
-            yield with_head(key, new), new != head and optimizer_slot(key) in _MOMENTS
+            yield sys.intern(with_head(key, new)), new != head and optimizer_slot(key) in _MOMENTS
 
-    def entries(self) -> Iterator[tuple[Any, Any]]:
+    @cached_property
+    def entries(self) -> list[tuple[Any, Any]]:
         """Index and place of all that the new checkpoint holds: a stand-in of torch's storage info where the
         bytes exist already, bytes where they have to be written.
         """
-        sizes = self._chunk_sizes()
+        sizes, found = self._chunk_sizes(), []
         for index, info in self.source.raw.storage_data.items():
             if index.fqn == KEY:
-                yield index, self.common_state()
+                found.append((index, self.common_state()))
                 continue
             for key, fresh in self.keys(index.fqn):
-                new_index = index if key == index.fqn else changed(index, fqn=key)
+                new_index = index if key is index.fqn else changed(index, fqn=key)
                 if fresh:
                     dtype = self.source.tensors[index.fqn].dtype
-                    yield new_index, zeros(dtype, sizes[index.fqn, size(index.offset)])
+                    found.append((new_index, zeros(dtype, sizes[index.fqn, size(index.offset)])))
                 else:
-                    yield new_index, info
+                    found.append((new_index, info))
+        return found
 
     def _chunk_sizes(self) -> dict[tuple[str, tuple[int, ...]], tuple[int, ...]]:
         return {
@@ -114,9 +118,14 @@ class Plan:
         """The new `.metadata`, for entries that are where `storage_data` says."""
         raw = self.source.raw
         tables = {"state_dict_metadata": raw.state_dict_metadata, "planner_data": raw.planner_data}
+        equal: dict[Any, Any] = {}  # one object for equal descriptions, again because a pickle holds it once
         for name, table in tables.items():
             if isinstance(table, dict):
-                tables[name] = {new: value for key, value in table.items() for new, _ in self.keys(key)}
+                tables[name] = {
+                    new: equal.setdefault(_content(value), value)
+                    for key, value in table.items()
+                    for new, _ in self.keys(key)
+                }
         new = changed(raw, **tables, storage_data=storage_data)
         vars(new).pop("all_local_plans", None)  # how the source was saved, kept to save it again the same way
         return pickles.dumps(new)
@@ -167,10 +176,10 @@ def make_plan(
     file, before anything is written.
     """
     saved_at, directory = resolve(load, ckpt_step)
-    problems = verify(directory, full=False)
+    source = read_metadata(directory)
+    problems = verify(directory, full=False, metadata=source)
     if problems:
         raise CheckpointError(f"{directory} cannot be extended: {problems[0]}. Load another with --ckpt-step.")
-    source = read_metadata(directory)
     state = read_common_state(source)
     old = _check_heads(source, state)
     if pattern is None and num_heads is None:
@@ -229,6 +238,14 @@ def _check_optimizer(source: Metadata) -> None:
             f"--keep-optimizer: it is not known how to start {', '.join(sorted(map(str, unknown)))} of a new head. "
             "Leave it out to start with a fresh optimizer."
         )
+
+
+def _content(stored: Any) -> Any:
+    """What two descriptions of tensors have to agree in to be the same."""
+    if not hasattr(stored, "chunks"):
+        return repr(stored)
+    chunks = tuple((size(chunk.offsets), size(chunk.sizes)) for chunk in stored.chunks)
+    return size(stored.size), repr(stored.properties._state), chunks
 
 
 def changed(instance: Any, **attributes: Any) -> Any:

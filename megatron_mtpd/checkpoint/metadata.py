@@ -101,6 +101,17 @@ class Metadata:
         for index, info in self.raw.storage_data.items():
             yield index.fqn, Payload(info.relative_path, info.offset, info.length)
 
+    def archives(self) -> list[Payload]:
+        """The distinct payloads that are what `torch.save` wrote (others were compressed by an extension of torch),
+        in their order on disk.
+        """
+        found = {
+            Payload(info.relative_path, info.offset, info.length)
+            for info in self.raw.storage_data.values()
+            if not getattr(info, "transform_descriptors", None)
+        }
+        return sorted(found, key=lambda payload: (payload.file, payload.offset))
+
     def files(self) -> dict[str, int]:
         """Every data file, and the least number of bytes it must have."""
         sizes: dict[str, int] = {}

@@ -1,11 +1,12 @@
 """Losses and gradients of all heads on one block of logits: few passes over the vocabulary, and in place.
 
 A block holds the logits of the main head and of K heads for the same R target tokens, [1 + K, R, V / tp]. Out come the
-losses of `objectives.py`, one number a row, and the block is overwritten by their gradient. The passes are here, what is
-done with a row's numbers is in `rows.py`; of tensor parallelism a block knows the two collectives of row-sized numbers.
+losses of `objectives.py`, one number a row, and the block is overwritten by their gradient. The passes are here, what
+is done with a row's numbers is in `rows.py`; of tensor parallelism a block knows the two collectives of row-sized
+numbers.
 
-`block_losses` is all that a faster kernel has to replace. Numbers are fp32 or fp64; a logit below `LOWEST` (-inf) counts
-as `LOWEST`. Deliberately absent: hidden states, positions, masks, reduction over rows.
+`block_losses` is all that a faster kernel has to replace. Numbers are fp32 or fp64; a logit below `LOWEST` (-inf)
+counts as `LOWEST`. Deliberately absent: hidden states, positions, masks, reduction over rows.
 """
 
 from __future__ import annotations

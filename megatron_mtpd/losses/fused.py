@@ -1,16 +1,17 @@
 """Output layer, cross-entropy and distillation of all heads together, never holding more than a chunk of logits.
 
 The walk goes over chunks of *target* positions (`walk.py`). At target j the main head's logits serve its own
-cross-entropy and are the teacher of every head; the logits of head k for the same token come from its hidden state at the
-source position j - k. So hidden states are shifted, never logits, and the teacher's softmax and top-N set are made once.
+cross-entropy and are the teacher of every head; the logits of head k for the same token come from its hidden state at
+the source position j - k. So hidden states are shifted, never logits, and the teacher's softmax and top-N set are made
+once.
 
 Gradients are taken in the forward pass, while a chunk's logits are at hand, for an upstream gradient of 1; backward
-multiplies them by the one number that the upstream gradient is (see `eager.attach_heads_loss`). Recomputing the logits in
-backward would cost a fourth matrix product beside the three that a head needs, and would save only the buffer of the
+multiplies them by the one number that the upstream gradient is (see `eager.attach_heads_loss`). Recomputing the logits
+in backward would cost a fourth matrix product beside the three that a head needs, and would save only the buffer of the
 weight's gradient between the two passes, which follow each other on the stage that has the output layer.
 
-The contract is that of `eager.mtpd_loss`, with hidden states and the weight in the place of logits. Deliberately absent:
-context parallelism (source and target may lie on different ranks) and a bias of the output layer.
+The contract is that of `eager.mtpd_loss`, with hidden states and the weight in the place of logits. Deliberately
+absent: context parallelism (source and target may lie on different ranks) and a bias of the output layer.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def fused_mtpd_loss(
 
     Args:
         main: hidden states of the main model after its final norm, [s, b, h], or [s / tp, b, h] if `sequence_parallel`.
-        for_ce, for_kd: of each head, equal in value: two lists so that a caller can let the gradients of cross-entropy and
+        for_ce, for_kd: of each head, equal in value: two lists so that a caller can let the gradients of cross-entropy
+        and
             of distillation go different ways. Usually the same tensors, which costs less.
         output_weight: [V / tp, h], this rank's rows. Without `requires_grad`, no gradient of it is computed.
         labels: int64 [s, b], the main head's: token j + 1 at position j.

@@ -1,8 +1,10 @@
-"""Hidden states of all heads under tensor and sequence parallelism: brought together once, and their gradients back once.
+"""Hidden states of all heads under tensor and sequence parallelism: brought together once, and their gradients back
+once.
 
-With tensor parallelism every rank has the whole sequence and finds the gradient that its slice of the vocabulary gives, so
-gradients are summed over ranks. With sequence parallelism a rank has s / tp positions: all heads' are gathered in one call
-before the loss, and their gradients summed and scattered in one call after it. All calls are of all heads together.
+With tensor parallelism every rank has the whole sequence and finds the gradient that its slice of the vocabulary gives,
+so gradients are summed over ranks. With sequence parallelism a rank has s / tp positions: all heads' are gathered in
+one call before the loss, and their gradients summed and scattered in one call after it. All calls are of all heads
+together.
 """
 
 from __future__ import annotations

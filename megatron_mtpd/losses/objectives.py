@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
-from megatron_mtpd.losses.vocab_parallel import Group, topn_threshold, vocab_gather, vocab_max, vocab_sum
+from megatron_mtpd.losses.vocab_parallel import (
+    Group,
+    to_slices,
+    topn_threshold,
+    vocab_gather,
+    vocab_max,
+    vocab_sum,
+)
 
 
 def _promote(logits: Tensor) -> Tensor:
@@ -29,7 +36,7 @@ def _below_top(logits: Tensor, tp_group: Group) -> Tensor:
 def log_softmax(logits: Tensor, tp_group: Group = None) -> Tensor:
     """[..., V / tp] -> [..., V / tp]. The same as `torch.log_softmax(full_logits, -1)`, sliced."""
     logits = _below_top(logits, tp_group)
-    return logits - vocab_sum(logits.exp(), tp_group).log().unsqueeze(-1)
+    return logits - to_slices(vocab_sum(logits.exp(), tp_group).log(), tp_group)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, tp_group: Group = None) -> Tensor:

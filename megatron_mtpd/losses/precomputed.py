@@ -1,7 +1,7 @@
 """The seam of the fused loss with autograd: gradients that were taken in the forward pass, delivered in backward.
 
-They were taken for an upstream gradient of 1. Backward checks that the one it gets is a number times the loss mask, for the
-main head's losses, and the same number for the sum of the heads' terms, and multiplies by it.
+They were taken for an upstream gradient of 1. Backward checks that the one it gets is a number times the loss mask, for
+the main head's losses, and the same number for the sum of the heads' terms, and multiplies by it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Deliver(torch.autograd.Function):
 def _deliver(weight: Tensor, gradient: Tensor, accumulate_into_main_grad: bool) -> Tensor | None:
     """What backward returns for the weight, in Megatron's convention for `main_grad`.
 
-    A weight with `grad_added_to_main_grad` expects to be told, and a gradient of its shape to run its hooks with: zeros,
-    which are right as well where other gradients are added to it (tied embeddings).
+    A weight with `grad_added_to_main_grad` expects to be told, and a gradient of its shape to run its hooks with:
+    zeros, which are right as well where other gradients are added to it (tied embeddings).
     """
     if not (accumulate_into_main_grad and hasattr(weight, "main_grad")):
         return gradient.to(weight.dtype)

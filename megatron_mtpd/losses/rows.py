@@ -1,8 +1,8 @@
 """What a row of logits comes down to: the numbers that its losses and their gradient are made of.
 
-`chunk.py` passes over the vocabulary and leaves two sets of numbers a row, `Statistics` and `Sums`. From them alone follow
-the losses, and the coefficients of their gradient, which has one form for every objective. With q the student's softmax
-and p the teacher's, both at the distillation's temperature T,
+`chunk.py` passes over the vocabulary and leaves two sets of numbers a row, `Statistics` and `Sums`. From them alone
+follow the losses, and the coefficients of their gradient, which has one form for every objective. With q the student's
+softmax and p the teacher's, both at the distillation's temperature T,
 
     d D / d z = c1 * (q * f) + c2 * q + c3 * w
 
@@ -77,7 +77,8 @@ class RowLosses(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """Upstream gradient of the losses of each row: cross-entropy [1 + K, R], distillation [K, R] (None: no gradient)."""
+    """Upstream gradient of the losses of each row: cross-entropy [1 + K, R], distillation [K, R] (None: no
+    gradient)."""
 
     cross_entropy: Tensor
     distillation: Tensor | None

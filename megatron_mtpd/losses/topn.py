@@ -1,12 +1,13 @@
 """The cut of the top-N set, without sorting: which logits of a row are among its N largest.
 
 The cut of a row is found by probing: one probe counts how many logits reach a number, and the counts say where to probe
-next. A probe reads the row once and, when the vocabulary is split over ranks, reduces one count a row; neither logits nor
-candidates travel. About seven probes are enough for a row of fp32, whatever its length, because the search
+next. A probe reads the row once and, when the vocabulary is split over ranks, reduces one count a row; neither logits
+nor candidates travel. About seven probes are enough for a row of fp32, whatever its length, because the search
 
 1. brackets the cut by a sample of the row, then interpolates between the counts at both ends;
 2. ends as soon as exactly N logits reach the probe: any number between the N-th and the next logit cuts the same set;
-3. where that has not ended after ten probes, also halves the bracket by the *bits* of the floats, so that ties, heaps and
+3. where that has not ended after ten probes, also halves the bracket by the *bits* of the floats, so that ties, heaps
+and
    outliers cannot stall it: at the end the bracket holds a single float, which is then the N-th logit.
 
 Deliberately absent: approximation. The set is exact for every float dtype, and ties at the N-th are all in it.

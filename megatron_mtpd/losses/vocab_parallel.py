@@ -4,9 +4,11 @@ Every function takes this rank's slice of the logits, shape [..., V / tp], and a
 slice is the whole vocabulary). Results are those of the full vocabulary and equal on all ranks; only row-sized
 tensors travel, never logits. Rank r holds the ids [r * V / tp, (r + 1) * V / tp), as in Megatron.
 
-Gradients: a loss built from these results is the same number on every rank, and each rank differentiates it for its own
-slice only. A sum over ranks therefore passes its gradient through unchanged (the operator that Megatron calls *reduce
-from the model-parallel region*); gathering or reducing the gradients again would count them tp times.
+Gradients: a loss built from these results is the same number on every rank, and each rank differentiates it for its
+own slice only. So there are two operators, as in Megatron. A *sum over ranks* passes its gradient through unchanged
+(*reduce from the model-parallel region*): reducing it again would count it tp times. Its result goes on to be a row's
+number; where it meets the slices again instead, as the normaliser of a softmax does, each rank sees only its own part
+of the gradient, and `to_slices` has to sum those parts (*copy to the model-parallel region*).
 
 Deliberately absent: anything that gathers logits or candidates.
 """
@@ -34,6 +36,28 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _ToSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+        ctx.tp_group = tp_group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.tp_group)
+        return grad, None
+
+
+def to_slices(x: Tensor, tp_group: Group = None) -> Tensor:
+    """A row's number, equal on all ranks, that is about to be combined with each rank's slice. [...] -> [..., 1].
+
+    The gradients that it gets from the slices are summed over the ranks. Not for what meets row-sized numbers alone:
+    their gradients are equal on all ranks already.
+    """
+    return (_ToSlices.apply(x, tp_group) if _is_parallel(tp_group) else x).unsqueeze(-1)
 
 
 def vocab_offset(logits: Tensor, tp_group: Group) -> int:

@@ -1,9 +1,9 @@
 """The walk over chunks of target positions: logits of all heads, their losses, and the gradients that follow.
 
-Rows are positions of the flattened sequence, row = position * b + sequence. The rows of a chunk belong to target tokens;
-head k's hidden state for target row t is at source row t - k * b, so bringing a chunk's hidden states together is
-a shift, and each row of a head is met exactly once. A chunk is laid out in blocks, [blocks, 1 + K, R, V / tp]: the matrix
-products run over the chunk, where they are efficient, `block_losses` over a block, which stays in the cache.
+Rows are positions of the flattened sequence, row = position * b + sequence. The rows of a chunk belong to target
+tokens; head k's hidden state for target row t is at source row t - k * b, so bringing a chunk's hidden states together
+is a shift, and each row of a head is met exactly once. A chunk is laid out in blocks, [blocks, 1 + K, R, V / tp]: the
+matrix products run over the chunk, where they are efficient, `block_losses` over a block, which stays in the cache.
 
 Deliberately absent: masks, weights and reductions over rows, which are the caller's (`fused.py`).
 """
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
@@ -23,10 +24,10 @@ from megatron_mtpd.losses.topn import topn_cut
 from megatron_mtpd.losses.vocab_parallel import Group
 
 # Rows of all heads in a chunk: enough for efficient matrix products, few enough to be small beside the sequence.
-CPU_CHUNK, GPU_CHUNK = 512, 4096
-CPU_CHUNK_LOGITS = 1 << 25
-# Logits of a block on CPU: few enough for the caches, enough to be worth some sixty calls from Python.
-CPU_BLOCK = 1 << 20
+CPU_CHUNK, GPU_CHUNK = 512, 2048
+CPU_CHUNK_LOGITS = 3 << 23
+# Logits of a block. On CPU few enough for the caches, but worth some sixty calls from Python, or two collectives.
+CPU_BLOCK, CPU_PARALLEL_BLOCK, GPU_BLOCK = 1 << 20, 1 << 22, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Gradients:
     def __init__(
         self, inputs: Inputs, shares: tuple[float, float], two_lists: bool, of_weight: bool, of_hidden: Sequence[bool]
     ) -> None:
-        """`shares`: how much of the heads' cross-entropy and distillation gradient reaches the weight. `of_hidden`: whose
-        gradients are asked for, in the order of `hidden`."""
+        """`shares`: how much of the heads' cross-entropy and distillation gradient reaches the weight. `of_hidden`:
+        whose gradients are asked for, in the order of `hidden`."""
         self.inputs, self.shares, self.two_lists = inputs, shares, two_lists
         self.is_apart = two_lists or (of_weight and shares[0] != shares[1])
         dtype = logits_dtype(inputs.weight)
@@ -77,6 +78,8 @@ class Gradients:
         Overwrites its arguments.
         """
         heads = hidden.shape[1]
+        if kd is None:
+            logits = logits.to(hidden.dtype)  # once for both products
         if kd is not None and not self.two_lists:
             kd.add_(logits[:, 1:])
             if self.first == 0:
@@ -138,31 +141,31 @@ def walk(inputs: Inputs, weights: RowWeights | None = None, gradients: Gradients
     device = inputs.weight.device
     logits = torch.empty(blocks, heads, block, vocab, dtype=dtype, device=device)
     kd = torch.empty_like(logits[:, 1:]) if gradients is not None and gradients.is_apart else None
+    # Padding to whole chunks: rows that are not live and have no weight.
+    labels, is_live = (F.pad(x, (0, -num_rows % chunk)) for x in (inputs.labels, inputs.is_live))
+    if weights is not None:
+        weights = RowWeights(
+            *(None if w is None else F.pad(w * inputs.logit_scale, (0, -num_rows % chunk)) for w in weights)
+        )
     results = []
     for start in range(0, num_rows, chunk):
-        targets = torch.arange(start, start + chunk, device=device)
-        hidden = _hidden_of(inputs, targets)
+        hidden = _hidden_of(inputs, start, is_live[:, start : start + chunk], blocks)
         if low == dtype:
             torch.mm(_rows(hidden), inputs.weight.t(), out=_rows(logits))
         else:
             _rows(logits).copy_(_rows(hidden) @ inputs.weight.t())
         if inputs.logit_scale != 1.0:
             logits.mul_(inputs.logit_scale)
-        cut = _cut(inputs, logits[:, 0].flatten(0, 1))
-        targets = targets.clamp(max=num_rows - 1)
-        is_padding = torch.arange(start, start + chunk, device=device) >= num_rows
-        for i, rows in enumerate(targets.split(block)):
-            of_rows = None
-            if weights is not None:
-                unpadded = (~is_padding[i * block : (i + 1) * block]).to(dtype) * inputs.logit_scale
-                of_rows = RowWeights(*(None if w is None else w[:, rows] * unpadded for w in weights))
+        cuts = _cut(inputs, logits[:, 0].flatten(0, 1))
+        for i in range(blocks):
+            rows = slice(start + i * block, start + (i + 1) * block)
             results.append(
                 block_losses(
                     logits[i],
-                    inputs.labels[rows],
+                    labels[rows],
                     inputs.config,
-                    None if cut is None else cut[i * block : (i + 1) * block],
-                    of_rows,
+                    None if cuts is None else cuts[i * block : (i + 1) * block],
+                    None if weights is None else RowWeights(*(None if w is None else w[:, rows] for w in weights)),
                     None if kd is None else kd[i],
                     inputs.tp_group,
                 )
@@ -189,23 +192,21 @@ def _sizes(inputs: Inputs) -> tuple[int, int]:
     most = max(1, (inputs.chunk_rows or default) // heads)
     chunk = -(-num_rows // -(-num_rows // most))
     is_parallel = inputs.tp_group is not None and inputs.tp_group.size() > 1
-    if not on_cpu or is_parallel:  # a launch or a collective costs more than the cache saves
-        return chunk, 1
-    block = min(chunk, max(1, CPU_BLOCK // (heads * inputs.weight.shape[0])))
+    of_block = (CPU_PARALLEL_BLOCK if is_parallel else CPU_BLOCK) if on_cpu else GPU_BLOCK
+    block = min(chunk, max(1, of_block // (heads * inputs.weight.shape[0])))
     return block, -(-chunk // block)
 
 
-def _hidden_of(inputs: Inputs, targets: Tensor) -> Tensor:
-    """[blocks, 1 + K, R, h]: the hidden state of each head that predicts the target."""
-    last = len(inputs.labels) - 1
-    block, blocks = _sizes(inputs)
+def _hidden_of(inputs: Inputs, start: int, is_live: Tensor, blocks: int) -> Tensor:
+    """[blocks, 1 + K, R, h]: the hidden state of each head that predicts a target of the chunk at `start`."""
+    chunk = is_live.shape[1]
+    targets = torch.arange(start, start + chunk, device=is_live.device)
     parts = []
     for k, hidden in enumerate(inputs.hidden):
-        part = hidden[(targets - k * inputs.batch).clamp(0, last)]
+        part = hidden[(targets - k * inputs.batch).clamp(0, len(hidden) - 1)]
         # 0 * nan is not 0: a row that does not count must be finite before it gets the weight 0.
-        is_live = inputs.is_live[k, targets.clamp(max=last)].unsqueeze(-1)
-        part = torch.where(is_live, part, part.nan_to_num(0.0, 0.0, 0.0))
-        parts.append(part.view(blocks, block, -1))
+        part = torch.where(is_live[k].unsqueeze(-1), part, part.nan_to_num(0.0, 0.0, 0.0))
+        parts.append(part.view(blocks, chunk // blocks, -1))
     return torch.stack(parts, 1)
 
 

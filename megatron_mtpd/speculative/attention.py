@@ -31,6 +31,7 @@ class Window:
 
     Attributes:
         slots: the rows of the caches, one for each row of the batch.
+        rows: int64 [b, 1], 0 .. b - 1.
         positions: int64 [b, s]. Each row increases; what is beyond its end repeats the cache's last position, which is
             never visible.
         visible: number of positions, from the first, that any query of the pass may see; None: every row starts at
@@ -39,6 +40,7 @@ class Window:
     """
 
     slots: slice
+    rows: Tensor
     positions: Tensor
     visible: int | None
     mask: Tensor | None
@@ -62,9 +64,8 @@ class KVCache:
             self.values = torch.zeros_like(self.keys)
         window = self.window
         assert window is not None, "a pass sets its window first"
-        rows = torch.arange(window.positions.shape[0], device=key.device).unsqueeze(1)
         for stored, new in ((self.keys, key), (self.values, value)):
-            stored[window.slots].index_put_((rows, window.positions), new.transpose(0, 1))
+            stored[window.slots].index_put_((window.rows, window.positions), new.transpose(0, 1))
         if window.visible is None:
             return key, value
         seen = (window.slots, slice(window.visible))
@@ -81,6 +82,10 @@ class CachedAttention(SDPAttention):
     """SDPAttention whose keys and values may come from a `KVCache`."""
 
     cache: KVCache | None = None
+
+    def attach(self, cache: KVCache | None) -> None:
+        """Use a cache from now on, or none."""
+        self.__dict__["cache"] = cache  # a plain attribute; Module's own way costs as much as a small kernel
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any

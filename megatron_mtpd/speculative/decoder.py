@@ -37,11 +37,15 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
 from torch import Tensor
 
 from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, vocab_max, vocab_offset
 from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative.attention import CachedAttention, Window
+from megatron_mtpd.speculative.layers import RotaryTable
 from megatron_mtpd.speculative.sampling import Sampling, draw, verify
 from megatron_mtpd.speculative.state import State
 
@@ -84,7 +88,9 @@ class Decoder:
     ) -> None:
         available = (model.config.mtp_num_layers or 0) if model.mtp_process else 0
         if not 0 <= num_heads <= available:
-            raise ValueError(f"--num-heads {num_heads}: the model has {available} heads; give 0 (plain) to {available}.")
+            raise ValueError(
+                f"--num-heads {num_heads}: the model has {available} heads; give 0 (plain) to {available}."
+            )
         if not 0 <= min_confidence <= 1:
             raise ValueError(f"--min-confidence is {min_confidence}: give a probability between 0 and 1.")
         if model.training:
@@ -92,7 +98,8 @@ class Decoder:
         self.model, self.num_heads, self.vocab_size = model, num_heads, vocab_size
         self.sampling = sampling or Sampling()
         self.min_confidence, self.mask_position_0 = min_confidence, mask_position_0
-        self.tp_group = model.pg_collection.tp if model.parallel_output else None
+        tp_group = model.pg_collection.tp
+        self.tp_group = tp_group if model.parallel_output and tp_group.size() > 1 else None
         self.device = next(model.parameters()).device
         repeated = model.config.mtp_use_repeated_layer
         heads = [model.mtp.layers[0 if repeated else k] for k in range(num_heads)]
@@ -101,7 +108,20 @@ class Decoder:
         if not self._attentions[0]:
             raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
         self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
-        self._rotary = None if model.position_embedding_type == "none" else rotary_table(model, capacity + 1)
+        self._rotary = self._rotary_table(capacity + 1)
+
+    def _rotary_table(self, length: int) -> RotaryTable | None:
+        model = self.model
+        if model.position_embedding_type == "none":
+            return None
+        if model.position_embedding_type == "yarn":
+            angles, _ = model.rotary_pos_emb(length)
+        else:
+            angles = model.rotary_pos_emb.get_emb(length)
+        dtype = next(model.parameters()).dtype
+        return RotaryTable(
+            angles, _yarn_get_concentration_factor_from_config(model.config), model.config.rotary_interleaved, dtype
+        )
 
     # One depth over one window --------------------------------------------------------------------------------
 
@@ -111,7 +131,8 @@ class Decoder:
         rotary = self._rotary and self._rotary.at(window.positions)
         ids = state.tokens[window.slots].gather(1, (window.positions + depth).clamp(max=state.capacity))
         for attention, cache in zip(self._attentions[depth], state.caches[depth], strict=True):
-            attention.cache, cache.window = cache, window
+            attention.attach(cache)
+            cache.window = window
         try:
             if depth == 0:
                 embedded = model.embedding(input_ids=ids, position_ids=window.positions)
@@ -127,7 +148,7 @@ class Decoder:
                 )
         finally:
             for attention in self._attentions[depth]:
-                attention.cache = None
+                attention.attach(None)
         state.store_hidden(depth, window, out)
         return out
 
@@ -147,7 +168,7 @@ class Decoder:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """[..., V / tp] -> [..., V] of the whole vocabulary, on every rank."""
-        if self.tp_group is not None and self.tp_group.size() > 1:
+        if self.tp_group is not None:
             parts = [torch.empty_like(logits) for _ in range(self.tp_group.size())]
             dist.all_gather(parts, logits.contiguous(), group=self.tp_group)
             logits = torch.cat(parts, -1)
@@ -155,7 +176,7 @@ class Decoder:
 
     def _agree(self, choice: Tensor) -> Tensor:
         """The first rank's choice on all ranks: on a GPU, equal sums need not round equally."""
-        if self.tp_group is not None and self.tp_group.size() > 1:
+        if self.tp_group is not None:
             dist.broadcast(choice, group=self.tp_group, group_src=0)
         return choice
 

@@ -57,6 +57,27 @@ class Rotary:
         return out if rest is None else torch.cat([out, rest], -1)
 
 
+class RotaryTable:
+    """The rotary embedding of all positions up to a length, from Megatron's angles [length, 1, 1, d_rot].
+
+    scale: yarn's factor of both parts. interleaved: channels 2i and 2i + 1 are a pair, instead of i and i + d_rot / 2.
+    """
+
+    def __init__(self, angles: Tensor, scale: float, interleaved: bool, dtype: torch.dtype) -> None:
+        size, device = angles.shape[-1], angles.device
+        channels = torch.arange(size, device=device)
+        first = channels % 2 == 0 if interleaved else channels < size // 2
+        step = 1 if interleaved else size // 2
+        self.swapped = torch.where(first, channels + step, channels - step)
+        self.cos = (angles[:, 0].cos() * scale).to(dtype)
+        self.sin = (angles[:, 0].sin() * scale * torch.where(first, -1.0, 1.0)).to(dtype)
+
+    def at(self, positions: Tensor) -> Rotary:
+        """Of a window's positions, int64 [b, s]."""
+        index = positions.t()
+        return Rotary(self.cos[index], self.sin[index], self.swapped)
+
+
 class ColumnLinear(ColumnParallelLinear):
     """ColumnParallelLinear without gradients; its output stays sharded."""
 

@@ -67,7 +67,9 @@ def start_distributed(tensor_parallel: int = 1) -> None:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     ranks = dist.get_world_size()
     if tensor_parallel < 1 or ranks % tensor_parallel:
-        raise ValueError(f"--tensor-model-parallel-size {tensor_parallel} does not divide the {ranks} ranks of the job.")
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor_parallel} does not divide the {ranks} ranks of the job."
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
         model_parallel_cuda_manual_seed(1234)
@@ -108,7 +110,9 @@ def decoding_args(saved: Namespace, num_heads: int, tensor_parallel: int, dtype:
         args.mtp_num_layers = num_heads
     params_dtype = DTYPES[dtype] if dtype else args.params_dtype
     changed = {
-        "tensor_model_parallel_size": tensor_parallel,
+        **dict.fromkeys(("tensor_model_parallel_size", "tensor_parallel_num_weight_shards"), tensor_parallel),
+        # Its vocabulary may be padded less than this size needs: the new rows stay as they are, and are never chosen.
+        "padded_vocab_size": -(-args.padded_vocab_size // tensor_parallel) * tensor_parallel,
         "world_size": dist.get_world_size(),
         "rank": dist.get_rank(),
         "params_dtype": params_dtype,
@@ -129,6 +133,7 @@ def decoding_args(saved: Namespace, num_heads: int, tensor_parallel: int, dtype:
 _ONE = (
     *("pipeline_model_parallel_size", "transformer_pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+    "expert_tensor_parallel_num_weight_shards",
 )
 _NONE = (
     *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", "recompute_granularity"),

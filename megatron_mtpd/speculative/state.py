@@ -31,6 +31,8 @@ class State:
         # One more position than can be reached: padding of short rows is written there.
         self.slots, self.capacity, self.device = slots, capacity, device
         self.tokens = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=device)
+        self._rows = torch.arange(slots, device=device).unsqueeze(1)
+        self._positions = torch.arange(capacity, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.valid = torch.zeros(depths, slots, dtype=torch.int64)
         self.caches = [[KVCache(slots, capacity + 1) for _ in range(n)] for n in num_layers]
@@ -41,11 +43,12 @@ class State:
         width = int((stop - start).max())
         positions = start.unsqueeze(1) + torch.arange(width)
         positions = torch.where(positions < stop.unsqueeze(1), positions, self.capacity).to(self.device)
+        rows = self._rows[: len(start)]
         if not bool(start.any()):
-            return Window(slots, positions, None, None)
+            return Window(slots, rows, positions, None, None)
         visible = int(stop.max())
-        mask = torch.arange(visible, device=self.device) > positions.unsqueeze(-1)
-        return Window(slots, positions, visible, mask.unsqueeze(1))
+        mask = self._positions[:visible] > positions.unsqueeze(-1)
+        return Window(slots, rows, positions, visible, mask.unsqueeze(1))
 
     def store_hidden(self, depth: int, window: Window, values: Tensor) -> None:
         """Keep [s, b, h] of a window, if a next depth needs it."""
@@ -54,15 +57,13 @@ class State:
         store = self.hidden[depth]
         if store is None:
             store = self.hidden[depth] = values.new_zeros(self.slots, self.capacity + 1, values.shape[-1])
-        rows = torch.arange(values.shape[1], device=self.device).unsqueeze(1)
-        store[window.slots].index_put_((rows, window.positions), values.transpose(0, 1))
+        store[window.slots].index_put_((window.rows, window.positions), values.transpose(0, 1))
 
     def hidden_at(self, depth: int, window: Window) -> Tensor:
         """[s, b, h] of a window."""
         store = self.hidden[depth]
         assert store is not None, "the depth before runs first"
-        rows = torch.arange(window.positions.shape[0], device=self.device).unsqueeze(1)
-        return store[window.slots][rows, window.positions].transpose(0, 1).contiguous()
+        return store[window.slots][window.rows, window.positions].transpose(0, 1).contiguous()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

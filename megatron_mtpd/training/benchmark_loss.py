@@ -1,10 +1,11 @@
 """Time, peak memory and tensor-parallel traffic of the loss section: Megatron's own MTP loss, MTP-D eager, MTP-D fused.
 
-The loss section is everything from the hidden states of main model and heads to their gradients and the output weight's:
-output layer, losses, backward. Megatron's is cross-entropy alone, by `process_mtp_loss` and
+The loss section is everything from the hidden states of main model and heads to their gradients and the output
+weight's: output layer, losses, backward. Megatron's is cross-entropy alone, by `process_mtp_loss` and
 `compute_language_model_loss`; the other two distil as well. Each variant lives in processes of its own, one a
-tensor-parallel rank, so that its peak memory is its own, and the variants take turns, so that noise of the machine falls
-on all alike. Memory is what a step takes beyond its inputs (weight, hidden states, labels): their gradients count.
+tensor-parallel rank, so that its peak memory is its own, and the variants take turns, so that noise of the machine
+falls on all alike. Memory is what a step takes beyond its inputs (weight, hidden states, labels): their gradients
+count.
 
 Deliberately absent: judgement. The result is a table of medians and of ratios to Megatron's.
 """
@@ -70,9 +71,9 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Measure `repeats` steps of every variant, in turns, after one to warm up.
 
-    Returns a row a variant: `variant, seconds_median, seconds_min, seconds_max, cpu_seconds_median` (of the processor, all
-    threads: what other work on the machine disturbs least), `peak_extra_bytes` (of the fullest rank), `tp_bytes` (of the
-    collectives' tensors on one rank in a step), `ratio_time_vs_megatron, ratio_cpu_time_vs_megatron,
+    Returns a row a variant: `variant, seconds_median, seconds_min, seconds_max, cpu_seconds_median` (of the processor,
+    all threads: what other work on the machine disturbs least), `peak_extra_bytes` (of the fullest rank), `tp_bytes`
+    (of the collectives' tensors on one rank in a step), `ratio_time_vs_megatron, ratio_cpu_time_vs_megatron,
     ratio_memory_vs_megatron` (None without that variant). Raises RuntimeError with the end of its output when a variant
     fails.
     """

@@ -1,13 +1,15 @@
 """One step of the loss section, in three variants, on the same inputs: what `benchmark_loss` times.
 
-`prepare` builds the inputs and returns the step: from the hidden states of main model and heads, [(1 + K) * s, b, h], to
-the gradients of them and of the output weight. Importing this module prepares the machine (`platform.setup`).
+`prepare` builds the inputs and returns the step: from the hidden states of main model and heads, [(1 + K) * s, b, h],
+to the gradients of them and of the output weight. Importing this module prepares the machine (`platform.setup`).
 """
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,20 +41,28 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def prepare(variant: str, workload: Workload, store: str) -> Callable[[], None]:
     """Starts this rank's process group and returns a function that runs one step. All variants get the same numbers."""
-    device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else torch.device("cpu")
+    if _has_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         "nccl" if _has_gpu() else "gloo",
         store=dist.FileStore(store, workload.tp),
-        rank=int(_environment("RANK")),
+        rank=int(os.environ["RANK"]),
         world_size=workload.tp,
     )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=workload.tp)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    small = replace(workload, vocab=64 * workload.tp, tokens=8 * workload.tp, hidden=16 * workload.tp)
+    _build(variant, small, groups)()  # libraries load what they need at their first call: not memory of the step
+    return _build(variant, workload, groups)
+
+
+def _build(variant: str, workload: Workload, groups: ProcessGroupCollection) -> Callable[[], None]:
+    device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else torch.device("cpu")
     dtype = _DTYPES[workload.dtype]
     config = TransformerConfig(
         num_layers=1,
         hidden_size=workload.hidden,
-        num_attention_heads=1,
+        num_attention_heads=workload.tp,
         mtp_num_layers=workload.heads,
         tensor_model_parallel_size=workload.tp,
         sequence_parallel=workload.sequence_parallel,
@@ -200,9 +210,3 @@ def _largest_bytes(arguments: Any) -> int:
 
 def _has_gpu() -> bool:
     return bool(torch.version.cuda) and torch.cuda.device_count() > 0 and torch.cuda.is_available()
-
-
-def _environment(name: str) -> str:
-    import os
-
-    return os.environ[name]

@@ -5,7 +5,6 @@ fp64, so that slices differ from the whole by the order of sums alone: tolerance
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,14 +15,14 @@ from megatron_mtpd.config import MTPDConfig
 from megatron_mtpd.losses.fused import fused_mtpd_loss
 from megatron_mtpd.losses.topn import topn_cut
 from tests.distributed.gloo import run
-from tests.unit.losses.test_fused import EXACT, OBJECTIVES, Case, Outcome, assert_same, finish, fused, make_case, split
+from tests.unit.losses.test_fused import OBJECTIVES, Case, assert_same, finish, fused, make_case, split
 from tests.unit.losses.test_topn import distributions, expected_set
 
 pytestmark = pytest.mark.distributed
 
 
-def fused_on_slices(cases: list[tuple[Case, MTPDConfig]], sequence_parallel: bool, counts: bool = False) -> list[Any]:
-    """This rank's outcome of each case, its gradients being slices; or, with `counts`, the sizes it gave away."""
+def fused_on_slices(cases: list[tuple[Case, MTPDConfig]], sequence_parallel: bool) -> list[Any]:
+    """This rank's outcome of each case; its gradients are slices."""
     group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     assert group is not None
     outcomes = []

@@ -5,11 +5,12 @@ All on one rank, by the same step as the layouts.
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from megatron_mtpd.config import SHARES, MTPDConfig
+from megatron_mtpd.config import SHARES, LossImplementation, MTPDConfig
 from tests.distributed.layouts import ADAM_EPS, LEARNING_RATE, train
 from tests.distributed.test_equivalence import check_tensors, difference
 from tests.distributed.toy import HEADS, Layout, Toy, initial_weight
@@ -21,6 +22,11 @@ TOP = {"top_n": 10}
 CUT = dict.fromkeys(SHARES, 0.0)
 # Sums of gradients of several runs against one: a few roundings of fp32, relative to a tensor's largest entry.
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=get_args(LossImplementation))
+def loss(request):
+    return request.param
 
 
 def gradients(toy=Toy(), **mtpd):  # noqa: B008  # frozen
@@ -40,17 +46,18 @@ def changed(found, reference):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_all_shares_0_leave_the_main_model_alone(tied):
+def test_all_shares_0_leave_the_main_model_alone(tied, loss):
     toy = Toy(tied=tied)
-    main_alone, cut, whole = gradients(toy, alpha=[0.0], beta=[0.0]), gradients(toy, **CUT), gradients(toy)
+    main_alone = gradients(toy, alpha=[0.0], beta=[0.0], loss=loss)
+    cut, whole = gradients(toy, loss=loss, **CUT), gradients(toy, loss=loss)
     check_tensors(of_main_model(cut), of_main_model(main_alone), TOLERANCE)
     check_tensors(of_heads(cut), of_heads(whole), TOLERANCE)  # the heads themselves learn all the same
     assert changed(of_main_model(whole), of_main_model(main_alone)) == set(of_main_model(whole))
 
 
-def test_each_share_opens_one_way():
-    cut = gradients(**CUT)
-    reached = {share: changed(gradients(**CUT | {share: 1.0}), cut) for share in SHARES}
+def test_each_share_opens_one_way(loss):
+    cut = gradients(loss=loss, **CUT)
+    reached = {share: changed(gradients(loss=loss, **CUT | {share: 1.0}), cut) for share in SHARES}
     for loss in ("ce", "kd"):
         assert reached[f"{loss}_embedding_share"] == {"embedding.word_embeddings.weight"}
         assert reached[f"{loss}_output_share"] == {"output_layer.weight"}
@@ -59,14 +66,14 @@ def test_each_share_opens_one_way():
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_shares_are_linear_and_independent(tied):
+def test_shares_are_linear_and_independent(tied, loss):
     """g(shares) = g(0) + sum_i share_i (g(e_i) - g(0)): each way carries its share of its own gradient."""
     toy = Toy(tied=tied)
     shares = dict(zip(SHARES, (0.25, 1.0, 0.5, 0.75, 0.0, 0.125), strict=True))
-    cut, mixed = gradients(toy, **CUT), gradients(toy, **shares)
+    cut, mixed = gradients(toy, loss=loss, **CUT), gradients(toy, loss=loss, **shares)
     expected = {name: value.clone() for name, value in cut.items()}
     for share, size in shares.items():
-        for name, value in gradients(toy, **CUT | {share: 1.0}).items():
+        for name, value in gradients(toy, loss=loss, **CUT | {share: 1.0}).items():
             expected[name] += size * (value - cut[name])
     check_tensors(mixed, expected, TOLERANCE)
 
@@ -77,26 +84,26 @@ def test_the_shares_of_a_loss_without_weight_do_nothing(silent, weight):
     check_tensors(gradients(**{weight: [0.0]}, **off), gradients(**{weight: [0.0]}), TOLERANCE)
 
 
-def test_weights_are_per_head_and_linear():
+def test_weights_are_per_head_and_linear(loss):
     """g = g_main + sum_k alpha_k g(CE_k) + beta_k g(D_k)."""
-    nothing = gradients(alpha=[0.0], beta=[0.0])
+    nothing = gradients(loss=loss, alpha=[0.0], beta=[0.0])
     weights = {"alpha": [0.5, 2.0], "beta": [1.5, 0.25]}
     expected = {name: value.clone() for name, value in nothing.items()}
     for kind, head in itertools.product(weights, range(HEADS)):
         unit = {"alpha": [0.0], "beta": [0.0]} | {kind: [float(k == head) for k in range(HEADS)]}
-        for name, value in gradients(**unit).items():
+        for name, value in gradients(loss=loss, **unit).items():
             expected[name] += weights[kind][head] * (value - nothing[name])
-    check_tensors(gradients(**weights), expected, TOLERANCE)
+    check_tensors(gradients(loss=loss, **weights), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("objective", ["topn_kl", "e2e_tv"])
-def test_the_gradient_is_the_slope_of_the_reported_loss(objective):
+def test_the_gradient_is_the_slope_of_the_reported_loss(objective, loss):
     """Along a line through the heads' weights, where the teacher stands still: central differences.
 
     The step balances two errors: kinks of the objective and its third derivative, and losses of 10 with 7 digits.
     Measured at 3e-4: below 1e-4; at 1e-3 and at 3e-5: 1e-3 and more.
     """
-    mtpd = MTPDConfig(**TOP, objective=objective, alpha=[0.3, 0.7], beta=[0.9, 0.4])
+    mtpd = MTPDConfig(**TOP, loss=loss, objective=objective, alpha=[0.3, 0.7], beta=[0.9, 0.4])
     toy, step = Toy(mtpd=mtpd, micro_batch_size=4, masked=True), 3e-4
     slope = sum(
         float(
@@ -107,10 +114,10 @@ def test_the_gradient_is_the_slope_of_the_reported_loss(objective):
         )
         for name, value in train(ONE, toy).gradients.items()
     )
-    assert slope == pytest.approx((loss(toy, step) - loss(toy, -step)) / (2 * step), rel=1e-3)
+    assert slope == pytest.approx((loss_at(toy, step) - loss_at(toy, -step)) / (2 * step), rel=1e-3)
 
 
-def loss(toy, nudge):
+def loss_at(toy, nudge):
     metrics = {name: pair.double() for name, pair in train(ONE, replace(toy, nudge=nudge)).metrics.items()}
     mtpd = toy.mtpd
     total = sum(mtpd.alpha[k] * metrics[f"ce/{k + 1}"][0] / metrics[f"ce/{k + 1}"][1] for k in range(HEADS))
@@ -121,10 +128,10 @@ def loss(toy, nudge):
     )
 
 
-def test_nothing_crosses_a_document_end():
+def test_nothing_crosses_a_document_end(loss):
     """Other text in a document without loss changes nothing, to the last bit; unless heads may cross documents."""
     for crosses in (False, True):
-        toy = Toy(documents=True, mtpd=MTPDConfig(**TOP, cross_documents=crosses))
+        toy = Toy(documents=True, mtpd=MTPDConfig(**TOP, loss=loss, cross_documents=crosses))
         one, other = (train(ONE, replace(toy, first_document=text)) for text in (1, 5))
         equal = all(torch.equal(one.metrics[name], other.metrics[name]) for name in one.metrics)
         assert equal is not crosses

@@ -20,6 +20,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
+NAMESPACES = ("--net", "--mount", "--uts", "--pid")
+UNSHARE = ("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 
 CONFIGURATION = """\
@@ -65,7 +67,20 @@ def missing() -> str | None:
     absent = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
     if absent:
         return f"{', '.join(absent)} not found: apt-get install {PACKAGES}"
-    probe = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "ip", "link", "add", "type", "veth"]
+    probe = [
+        "unshare",
+        "--net",
+        "--mount",
+        "--uts",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "ip",
+        "link",
+        "add",
+        "type",
+        "veth",
+    ]
     done = subprocess.run(probe, capture_output=True, text=True, env=_environment())
     return f"namespaces are not allowed here: {done.stderr.strip()}" if done.returncode else None
 
@@ -98,11 +113,13 @@ class Cluster:
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
-        command = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with open(self.folder / "log" / "control.log", "w") as log:
             self._unshare = subprocess.Popen(
-                [*command, HERE / "cluster" / "control.sh", self.folder, str(nodes)],
-                **{"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "text": True},
+                [*UNSHARE, HERE / "cluster" / "control.sh", self.folder, str(nodes)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
                 env=_environment(),
             )
         for i in range(1, nodes + 1):
@@ -131,10 +148,12 @@ class Cluster:
 
     def run(self, *command: str | Path, cwd: Path | None = None, check: bool = True, **env: str):
         """A command on the controller's machine, as a user's on the login node."""
-        enter = ["nsenter", f"--target={self._inside}", "--net", "--mount", "--uts", "--pid", f"--wd={cwd or os.getcwd()}"]
+        enter = ["nsenter", f"--target={self._inside}", *NAMESPACES, f"--wd={cwd or os.getcwd()}"]
         return subprocess.run(
             [*enter, *command],
-            **{"capture_output": True, "text": True, "check": check},
+            capture_output=True,
+            text=True,
+            check=check,
             env={**_environment(), "SLURM_CONF": f"{self.folder}/slurm.conf", **env},
         )
 

@@ -15,16 +15,14 @@ from megatron_mtpd.checkpoint import seam
 from megatron_mtpd.checkpoint.integrity import MANIFEST, verify
 from megatron_mtpd.checkpoint.iterations import TRACKER, check_loadable, read_tracker
 from megatron_mtpd.checkpoint.metadata import CheckpointError
-from tests.unit.checkpoint.runs import Model, load_weights, save_checkpoint
+from tests.unit.checkpoint.runs import Model, load_weights, megatrons_save, save_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def save(one_rank):
-    from megatron.core import dist_checkpointing
-
-    return seam.saves_whole(dist_checkpointing.save)
+    return seam.saves_whole(megatrons_save())
 
 
 def test_megatron_has_what_the_wrappers_expect(one_rank):
@@ -102,10 +100,9 @@ INTERRUPTED = """
     from megatron_mtpd import platform
     platform.setup()
     import torch
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron_mtpd.checkpoint import seam
-    from tests.unit.checkpoint.runs import Model, save_checkpoint
+    from tests.unit.checkpoint.runs import Model, megatrons_save, save_checkpoint
 
     def run(root, full_at=None):
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -114,7 +111,7 @@ INTERRUPTED = """
             if iteration == full_at:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-            save_checkpoint(root, model, iteration, saver=seam.saves_whole(dist_checkpointing.save))
+            save_checkpoint(root, model, iteration, saver=seam.saves_whole(megatrons_save()))
 
     def forked(function, *arguments):
         child = os.fork()

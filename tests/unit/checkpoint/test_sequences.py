@@ -22,7 +22,7 @@ PATTERN = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(lambda pattern
 OPTIONS = st.tuples(st.sampled_from(["link", "copy", "materialize"]), st.booleans())
 
 
-@settings(max_examples=25, deadline=None)  # a step takes some 20 ms
+@settings(max_examples=15, deadline=None)  # a step takes some 20 ms
 @given(st.lists(st.tuples(RESHARD | EXTEND | PATTERN, OPTIONS), min_size=1, max_size=4))
 def test_any_sequence_gives_the_same_weights(steps):
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
-"""Random inputs of the loss, and the eager loss on them. Shared with the distributed tests."""
+"""Inputs of the losses, random and awkward, and the eager loss on them. Shared with the distributed tests."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,29 @@ from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.losses.vocab_parallel import Group
 
 OBJECTIVES = ["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def awkward_rows(dtype: torch.dtype) -> torch.Tensor:
+    """[rows, 12]: ordinary, all equal, -inf, one finite, +inf, zeros of both signs, denormals, the largest numbers."""
+    info, inf = torch.finfo(dtype), math.inf
+    tiny, huge = info.smallest_normal * info.eps, info.max  # tiny: a denormal
+    ordinary = torch.randn(12, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        ordinary,
+        [1.5] * 12,
+        [0.0] * 12,
+        [-0.0, 0.0] * 6,
+        [0.0, -0.0, 1.0, -1.0] * 3,
+        [-inf] * 6 + ordinary[:6],
+        [-inf] * 11 + [2.0],
+        [-inf] * 12,
+        ordinary[:10] + [inf, inf],
+        [tiny, -tiny, 0.0, -0.0, 2 * tiny, -2 * tiny] * 2,
+        [huge, -huge, huge, -huge, 1.0, tiny, -tiny, 0.0, inf, -inf, huge, -huge],
+        [-3.0, -3.0, -3.0, -2.0, -2.0, -1.0, -4.0, -4.0, -5.0, -3.0, -2.0, -2.0],
+    ]
+    return torch.tensor(rows, dtype=torch.float64).to(dtype)
 
 
 class Case(NamedTuple):

@@ -1,12 +1,12 @@
 """The fused loss against the eager one: values and gradients, of one table of cases.
 
-In fp64 both do the same sums in another order: relative differences of some 1e-13 at these sizes. The tolerance, 1e-9, leaves
-room for the differences of large logarithms in a small loss and would still show any wrong term.
+In fp64 both do the same sums in another order: relative differences of some 1e-13 at these sizes. The tolerance, 1e-9,
+leaves room for the differences of large logarithms in a small loss and would still show any wrong term.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,18 @@ from megatron_mtpd.losses.rows import RowWeights
 from megatron_mtpd.losses.topn import topn_cut
 
 OBJECTIVES = ["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
-EXACT = dict(rtol=1e-9, atol=1e-9)
+TOLERANCE = 1e-9
+
+
+def assert_equal(actual: Any, expected: Any, what: str = "result", check_dtype: bool = True) -> None:
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+        check_dtype=check_dtype,
+        msg=lambda text: f"{what}: {text}",
+    )
 
 
 class Case(NamedTuple):
@@ -86,9 +97,7 @@ class Outcome(NamedTuple):
 
 def leaves(case: Case, frozen: frozenset[str]) -> tuple[list[Tensor], Tensor]:
     names = ["main", *(f"head{k}" for k in range(1, len(case.hidden)))]
-    hidden = [
-        x.clone().requires_grad_(name not in frozen) for name, x in zip(names, case.hidden, strict=True)
-    ]
+    hidden = [x.clone().requires_grad_(name not in frozen) for name, x in zip(names, case.hidden, strict=True)]
     return hidden, case.weight.clone().requires_grad_("weight" not in frozen)
 
 
@@ -136,15 +145,14 @@ def fused(case: Case, config: MTPDConfig, frozen=frozenset(), logit_scale=1.0, c
     return finish(case, *losses, [weight, *hidden], c)
 
 
-def assert_same(actual: Outcome, expected: Outcome, **tolerance: float) -> None:
-    tolerance = tolerance or EXACT
-    torch.testing.assert_close(actual.main_loss, expected.main_loss, **tolerance)
-    torch.testing.assert_close(actual.heads_loss, expected.heads_loss, **tolerance)
+def assert_same(actual: Outcome, expected: Outcome) -> None:
+    assert_equal(actual.main_loss, expected.main_loss, "main loss")
+    assert_equal(actual.heads_loss, expected.heads_loss, "heads' loss")
     for name, x, y in zip(LossReport._fields, actual.report, expected.report, strict=True):
-        torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        assert_equal(x, y, name)
     for i, (x, y) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
         x, y = (torch.zeros(()) if g is None or not g.any() else g for g in (x, y))
-        torch.testing.assert_close(x, y, msg=lambda text, i=i: f"gradient {i}: {text}", **tolerance)
+        assert_equal(x, y, f"gradient {i}", check_dtype=x.ndim > 0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -175,7 +183,7 @@ def test_blocks_within_a_chunk(monkeypatch):
 
 @pytest.mark.parametrize(
     "shape",
-    [dict(heads=1), dict(heads=5, s=3, b=1), dict(vocab=64, h=3), dict(b=1, s=40), dict(masked=0.0)],
+    [{"heads": 1}, {"heads": 5, "s": 3, "b": 1}, {"vocab": 64, "h": 3}, {"b": 1, "s": 40}, {"masked": 0.0}],
     ids=str,
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -209,7 +217,13 @@ def test_two_passes_of_the_heads(objective):
 
 @pytest.mark.parametrize(
     "frozen",
-    [{"weight"}, {"main"}, {"main", "head1"}, {"weight", "main", "head1", "head2"}, {"main", "head1", "head2", "head3"}],
+    [
+        {"weight"},
+        {"main"},
+        {"main", "head1"},
+        {"weight", "main", "head1", "head2"},
+        {"main", "head1", "head2", "head3"},
+    ],
     ids=lambda names: "+".join(sorted(names)),
 )
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 0.5)])
@@ -241,8 +255,8 @@ def test_without_gradients_nothing_is_held():
         )
     expected = eager(case, MTPDConfig(top_n=9))
     assert not main_loss.requires_grad and not heads_loss.requires_grad
-    torch.testing.assert_close((main_loss, heads_loss), expected[:2], **EXACT)
-    torch.testing.assert_close(tuple(report), tuple(expected.report), **EXACT)
+    assert_equal((main_loss, heads_loss), expected[:2])
+    assert_equal(tuple(report), tuple(expected.report))
 
 
 @pytest.mark.parametrize("per_head_mean", [True, False])
@@ -280,7 +294,7 @@ def test_masked_positions_may_hold_anything():
         x[mask == 0] = torch.inf
     expected, outcome = fused(clean, config), fused(dirty, config)
     is_live = clean.loss_mask > 0
-    torch.testing.assert_close(outcome.main_loss[is_live], expected.main_loss[is_live], **EXACT)
+    assert_equal(outcome.main_loss[is_live], expected.main_loss[is_live])
     assert_same(outcome._replace(main_loss=expected.main_loss), expected)
 
 
@@ -299,8 +313,8 @@ def test_logits_of_minus_infinity():
         cut = topn_cut(logits[0], 4) if objective == "topn_kl" else None
         z = logits.clone()
         rows = chunk.block_losses(z, labels, config, cut, weights)
-        torch.testing.assert_close((rows.cross_entropy, rows.distillation), (ce, kd), check_dtype=False, **EXACT)
-        torch.testing.assert_close(z, reference.grad.nan_to_num(0.0), **EXACT)
+        assert_equal((rows.cross_entropy, rows.distillation), (ce, kd))
+        assert_equal(z, reference.grad.nan_to_num(0.0))
 
 
 # Autograd -----------------------------------------------------------------------------------------------------------
@@ -319,7 +333,7 @@ def test_tied_weights():
     logits = [x @ reference.t() for x in (hidden[0].detach() + reference[ids], *[x.detach() for x in for_ce])]
     losses = mtpd_loss(logits[0], logits[1:], logits[1:], *case[2:], config)
     finish(case, *losses, [reference], 0.25)
-    torch.testing.assert_close(embedded.grad, reference.grad, **EXACT)
+    assert_equal(embedded.grad, reference.grad)
 
 
 @pytest.mark.parametrize("tells", [False, True])
@@ -330,12 +344,10 @@ def test_accumulates_into_main_grad(tells):
     if tells:
         weight.grad_added_to_main_grad = False
     for _ in range(2):  # two micro-batches
-        losses = fused_mtpd_loss(
-            *split(case, case.hidden), weight, *case[2:], config, accumulate_into_main_grad=True
-        )
+        losses = fused_mtpd_loss(*split(case, case.hidden), weight, *case[2:], config, accumulate_into_main_grad=True)
         finish(case, *losses, [], 0.25)
     expected = 1.0 + 2 * eager(case, config).gradients[0]
-    torch.testing.assert_close(weight.main_grad, expected, **EXACT)
+    assert_equal(weight.main_grad, expected)
     if tells:
         assert weight.grad_added_to_main_grad and not weight.grad.any()
     else:
@@ -386,7 +398,8 @@ def test_shapes_that_do_not_fit_are_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_error_is_within_that_of_the_naive_loss(objective, dtype):
-    """The eager loss in the same dtype shows what the dtype costs: the error of its logits and of its gradients' products.
+    """The eager loss in the same dtype shows what the dtype costs: the error of its logits and of its gradients'
+    products.
 
     The bound is 1.5 times that error, in the norm of each result, and never less than a few roundings of its size
     (4 eps): both errors are random draws of one size, and where the naive one is small by chance, more cannot be asked.

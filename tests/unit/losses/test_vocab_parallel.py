@@ -7,34 +7,11 @@ from hypothesis import strategies as st
 
 from megatron_mtpd.losses import vocab_parallel as vp
 from megatron_mtpd.losses.objectives import log_softmax
+from tests.unit.losses.cases import FLOATS, awkward_rows
 from tests.unit.losses.naive import top_set
 
 INF = float("inf")
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TINY = {dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in FLOATS}  # a denormal
-
 properties = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-def awkward_rows(dtype: torch.dtype) -> torch.Tensor:
-    """[rows, 12]: ordinary, all equal, -inf, one finite, +inf, zeros of both signs, denormals, the largest numbers."""
-    tiny, huge = TINY[dtype], torch.finfo(dtype).max
-    ordinary = torch.randn(12, generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [
-        ordinary,
-        [1.5] * 12,
-        [0.0] * 12,
-        [-0.0, 0.0] * 6,
-        [0.0, -0.0, 1.0, -1.0] * 3,
-        [-INF] * 6 + ordinary[:6],
-        [-INF] * 11 + [2.0],
-        [-INF] * 12,
-        ordinary[:10] + [INF, INF],
-        [tiny, -tiny, 0.0, -0.0, 2 * tiny, -2 * tiny] * 2,
-        [huge, -huge, huge, -huge, 1.0, tiny, -tiny, 0.0, INF, -INF, huge, -huge],
-        [-3.0, -3.0, -3.0, -2.0, -2.0, -1.0, -4.0, -4.0, -5.0, -3.0, -2.0, -2.0],
-    ]
-    return torch.tensor(rows, dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
