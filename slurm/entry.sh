@@ -111,8 +111,8 @@ free_port() {
     echo "$port"
 }
 
-# command NODES RANKS TOOL ARGUMENTS...: sets COMMAND, which runs a Python tool with so many ranks a node, and prints it.
-command() {
+# set_command NODES RANKS TOOL ARGUMENTS...: sets COMMAND, which runs a Python tool with so many ranks a node, and prints it.
+set_command() {
     local nodes=$1 ranks=$2
     shift 2
     COMMAND=(srun --nodes="$nodes" --ntasks="$((nodes * ranks))" --ntasks-per-node="$ranks" --distribution=block)
@@ -130,14 +130,14 @@ command() {
 
 # run_once TOOL ARGUMENTS...: a Python tool in one process on the first node; what it prints is printed.
 run_once() {
-    command 1 1 "$@"
+    set_command 1 1 "$@"
     dry_run || MTPD_RANKS_PER_NODE=1 "${COMMAND[@]}" </dev/null
 }
 
 # run_ranks LOGFILE TOOL ARGUMENTS...: a Python tool on all ranks; returns the exit status of srun.
 run_ranks() {
     local log=$1 status process
-    command "$NODES" "$RANKS" "${@:2}"
+    set_command "$NODES" "$RANKS" "${@:2}"
     dry_run && return
     MASTER_PORT=$(free_port)
     export MASTER_PORT
@@ -156,21 +156,19 @@ run_ranks() {
 cancelled='' stopping='' interrupted='' teller='' stop_signal=USR1
 
 # Slurm's USR1 before the time limit: have the ranks save and exit. Repeated, because ranks that are still starting
-# ignore it. Within the first minute and a half it means that the whole time limit is shorter than --signal asks for:
-# half of it is used then, instead of nothing.
+# ignore it. In the first minute and a half of a short job it means that the time limit is shorter than --signal asks
+# for: half of the limit is used then, instead of nothing.
 on_usr1() {
-    local end half=0
+    local end left=0 delay=0
     interrupted=1
     [ -z "$stopping" ] || return
     stopping=1
-    if ((SECONDS < 90)) && end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null); then
-        half=$(((end - $(date +%s)) / 2))
-    fi
-    ((half > 0)) || half=0
-    say "USR1: the ranks get $stop_signal in $half s"
+    end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) && left=$((end - $(date +%s)))
+    ((SECONDS > 90 || left < 0 || left > 1800)) || delay=$((left / 2))
+    say "USR1: the ranks get $stop_signal in $delay s"
     (
         trap - TERM USR1
-        sleep "$half"
+        sleep "$delay"
         while scancel --signal="$stop_signal" "$SLURM_JOB_ID"; do sleep 10; done
     ) &
     teller=$!
@@ -187,13 +185,19 @@ preflight() {
     ((status == 0)) || fail "the preflight failed: mend the node that it names, or leave it out (sbatch --exclude=NODE)."
 }
 
+# refuse_flags FLAGS...: those that train gives must not be given again.
+refuse_flags() {
+    local flag
+    for flag; do
+        [[ ! $flag =~ ^--(save|load|tensorboard-dir|exit-signal)(=|$) ]] ||
+            fail "${flag%%=*}: leave it out, MTPD_RUN_DIR and MTPD_LOAD decide about it."
+    done
+}
+
 # train START FLAGS...: train, from this run's last checkpoint; where there is none, from START (may be empty).
 train() {
-    local load=$1 flag
+    local load=$1
     shift
-    for flag; do
-        [[ ! $flag =~ ^--(save|load|tensorboard-dir|exit-signal)(=|$) ]] || fail "$flag: leave it out, MTPD_RUN_DIR and MTPD_LOAD decide."
-    done
     [ -z "$(tracker)" ] || load=$CHECKPOINTS
     dry_run || mkdir -p "$RUN/flight_recorder"
     attempt "${MTPD_TOOL:-$MTPD_ROOT/tools/pretrain_mtpd.py}" "$@" --save "$CHECKPOINTS" ${load:+--load "$load"} \

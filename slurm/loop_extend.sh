@@ -17,13 +17,15 @@ source "$MTPD_ROOT/slurm/entry.sh" || { echo "error: submit from the checkout, o
 
 start_job loop_extend "runs/${MTPD_MODEL##*/}-${MTPD_HEADS:-}"
 read_model
+refuse_flags "$@"
 [ -n "${MTPD_LOAD:-}" ] || fail "MTPD_LOAD is not set: name the checkpoints whose heads are extended."
 [[ ${MTPD_HEADS:-} =~ ^[1-9][0-9]*$ ]] || fail "MTPD_HEADS=${MTPD_HEADS:-}: say how many heads the model is to have."
-old_heads=$(run_once "$MTPD_ROOT/tools/inspect_checkpoint.py" --load "$MTPD_LOAD" --json | sed -n 's/^  "heads": \([0-9]*\).*/\1/p')
+old_heads=$(run_once "$MTPD_ROOT/tools/inspect_checkpoint.py" --load "$MTPD_LOAD" --json | sed -n 's/^ "heads": \([0-9]*\).*/\1/p') ||
+    fail "MTPD_LOAD=$MTPD_LOAD cannot be read, see above."
 preflight
 if [ ! -e "$RUN/extended" ]; then # it is there whole or not at all
     run_once "$MTPD_ROOT/tools/loop_extend.py" --load "$MTPD_LOAD" --save "$RUN/extended" --num-heads "$MTPD_HEADS" ||
         fail "the extension failed, see above."
 fi
 train "$RUN/extended" "${MODEL[@]}" --mtp-num-layers "$MTPD_HEADS" --mtpd-train "${MTPD_TRAIN:-new-heads}" \
-    --mtpd-old-heads "$old_heads" "$@"
+    --mtpd-old-heads "${old_heads:-K}" "$@"

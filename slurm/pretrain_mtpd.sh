@@ -17,5 +17,6 @@ source "$MTPD_ROOT/slurm/entry.sh" || { echo "error: submit from the checkout, o
 
 start_job pretrain_mtpd "runs/${MTPD_MODEL##*/}"
 read_model
+refuse_flags "$@"
 preflight
 train "${MTPD_LOAD:-}" "${MODEL[@]}" "$@"

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 from megatron_mtpd.checkpoint.metadata import CheckpointError
-from megatron_mtpd.speculative.benchmark import Options, run
+from megatron_mtpd.speculative.benchmark import run
 from megatron_mtpd.speculative.report import table
 from megatron_mtpd.speculative.sampling import Sampling
+from megatron_mtpd.speculative.worker import Options
 
 EXAMPLE = """\
 example:
-  python tools/benchmark_acceptance.py --load runs/quickstart/checkpoints/mtpd --prompts gsm8k=test.jsonl humaneval.jsonl.gz \\
-      --num-heads 2 4 --output runs/acceptance
-  torchrun --nproc-per-node 8 tools/benchmark_acceptance.py ...      the same, over the ranks of a node
+  python tools/benchmark_acceptance.py --load runs/quickstart/checkpoints/mtpd --prompts gsm8k=test.jsonl mine.txt \\
+      --num-heads 2 4 --output runs/acceptance          (torchrun --nproc-per-node 8 ... for the ranks of a node)
 """
 
 
@@ -47,14 +47,13 @@ def main() -> None:
     add("--seed", type=int, default=1234, help="[%(default)s]")
     given = vars(parser.parse_args())
     try:
-        names = ("temperature", "top_k", "top_p")
-        sampling = Sampling(**{n: given.pop(n) for n in names}, sampled_drafts=given.pop("draft") == "sampled")
+        values = {name: given.pop(name) for name in ("temperature", "top_k", "top_p")}
+        sampling = Sampling(**values, sampled_drafts=given.pop("draft") == "sampled")
         summary = run(Options(**given, sampling=sampling))
     except (ValueError, CheckpointError) as error:
         sys.exit(f"benchmark_acceptance.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     if summary:
-        print(table(summary))
-        print(f"{given['output']}/acceptance.html shows the same with pictures, acceptance.json all numbers.")
+        print(f"{table(summary)}\nPictures: {given['output']}/acceptance.html, all numbers: acceptance.json there.")
 
 
 if __name__ == "__main__":

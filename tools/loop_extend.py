@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mtpd.checkpoint.extend import extend, summary
-from megatron_mtpd.checkpoint.looping import make_plan
+from megatron_mtpd.checkpoint.looping import make_plan, parse_pattern
 
 EXAMPLES = """\
 examples:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     try:
-        pattern = [int(head) for head in options.pattern.split(",")] if options.pattern else None
+        pattern = parse_pattern(options.pattern) if options.pattern is not None else None
         plan = make_plan(
             options.load, options.num_heads, pattern, options.ckpt_step, options.keep_optimizer, options.iteration
         )

@@ -49,7 +49,7 @@ VARIANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=(__doc__ or "").split("\n")[0],
         epilog="example: python examples/frontier/run.py --seeds 1 2 --steps 400 --only mtp 'topn_kl, all cut'",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="[%(default)s]")

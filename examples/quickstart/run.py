@@ -38,7 +38,7 @@ QUICK = Scale(steps=90, eval_iters=4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="QUICK=1 in the environment does the same as --quick."
+        description=(__doc__ or "").split("\n")[0], epilog="QUICK=1 in the environment does the same as --quick."
     )
     parser.add_argument(
         "--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"), help="under 90 seconds"

@@ -6,7 +6,9 @@ possible, or not wanted (`copy`), those files are copied whole. With `materializ
 its own, in new files that hold nothing else: for tools that expect that, and to be rid of the optimizer state
 in the old files.
 
-The result appears whole or not at all: it is built in a directory beside it, whose tracker is written last.
+The result appears whole or not at all: it is built in a directory beside it, whose tracker is written last. A
+linked file is one file with two names: whoever writes over it in place changes both checkpoints. Megatron does when it
+saves an iteration again, and `seam` keeps it from doing so; copy where other programs write to the old checkpoint.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ BLOCK = 16 << 20
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that replaces `path` when the block ends, and leaves it alone when the block
-    raises.
+    """Open a file for writing that replaces `path` when the block ends, unless it raises.
 
     Killed at any moment, `path` is what it was or what it was to become; a temporary file may stay beside it.
     """
@@ -42,8 +41,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def assembled(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A new directory to fill, beside `path`, that becomes `path` when the block ends and vanishes when it
-    raises.
+    """A new directory to fill, beside `path`, that becomes `path` when the block ends, unless it raises.
 
     Raises ValueError, before the block and again after it, where `path` exists and is not empty, unless
     `replace`. Killed at any moment it leaves `path` as it was, or whole, or (while one is replaced by
@@ -85,9 +83,7 @@ def sync(path: Path) -> None:
 
 
 def can_link(source: Path, directory: Path) -> bool:
-    """Whether files of that directory can have a second name here: the same file system, and one with hard
-    links.
-    """
+    """Whether a file can have a second name in that directory: the same file system, and one with hard links."""
     probe = directory / ".link"
     try:
         os.link(source.resolve(), probe)
@@ -98,9 +94,7 @@ def can_link(source: Path, directory: Path) -> bool:
 
 
 def copied(reader: IO[bytes], writer: IO[bytes], length: int, progress: Callable[[int], object]) -> None:
-    """Copy `length` bytes from one open file to another, from where they stand. Raises EOFError if there are
-    fewer.
-    """
+    """Copy bytes from one open file to another, from where they stand. Raises EOFError if there are fewer."""
     while length:
         block = reader.read(min(BLOCK, length))
         if not block:
@@ -119,9 +113,7 @@ def readable(count: int) -> str:
 
 
 class Progress:
-    """Says how far a long work over bytes is: a bar on a terminal, a line every ten seconds elsewhere,
-    nothing if short.
-    """
+    """How far a long work over bytes is: a bar on a terminal, a line every ten seconds elsewhere, nothing if short."""
 
     def __init__(self, label: str | None, total: int, every: float = 10.0) -> None:
         self._label, self._total, self._every, self._done = label, total, every, 0

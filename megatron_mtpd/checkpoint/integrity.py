@@ -50,19 +50,17 @@ class Problem:
         return f"{self.file}: {self.what}"
 
 
-def write_manifest(directory: Path, sizes: dict[str, int] | None = None) -> None:
-    """Write the manifest of a finished checkpoint, whole or not at all. One process calls it, after all have
-    written.
+def write_manifest(directory: Path) -> None:
+    """Write the manifest of a finished checkpoint, whole or not at all.
 
-    `sizes` spares looking at the files of a checkpoint whose sizes are known. Digests that are in an existing
-    manifest (Megatron's `--verify-integrity`) are kept.
+    One process calls it, after all have written. Digests that are in an existing manifest (Megatron's
+    `--verify-integrity`) are kept.
     """
-    if sizes is None:
-        sizes = {
-            entry.name: entry.stat().st_size
-            for entry in os.scandir(directory)
-            if entry.is_file() and entry.name != MANIFEST and not entry.name.endswith((".partial", ".tmp"))
-        }
+    sizes = {
+        entry.name: entry.stat().st_size
+        for entry in os.scandir(directory)
+        if entry.is_file() and entry.name != MANIFEST and not entry.name.endswith((".partial", ".tmp"))
+    }
     manifest = _read_manifest(directory) or {}
     digests = manifest.get("files", {}) | {
         name: _digest(directory / name) for name in _DIGESTED if (directory / name).exists()

@@ -1,5 +1,4 @@
-"""Looped extension of a checkpoint, as a plan: which head the weights of each new head come from, and what
-follows.
+"""Looped extension of a checkpoint, as a plan: which old head each new head's weights come from, and what follows.
 
 The K trained heads, in order, initialise heads K+1, K+2, ... (arXiv 2603.23911); any other choice of sources,
 or fewer heads, is a pattern too. A head's tensors have keys of their own, and a key says which bytes it
@@ -56,9 +55,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to become of a checkpoint. `sources[k]` is the old head whose weights the new head k has, both
-    from 0.
-    """
+    """What is to become of a checkpoint. New head k has the weights of old head `sources[k]`, both from 0."""
 
     source: Metadata
     sources: tuple[int, ...]
@@ -117,17 +114,15 @@ class Plan:
     def metadata(self, storage_data: dict[Any, Any]) -> bytes:
         """The new `.metadata`, for entries that are where `storage_data` says."""
         raw = self.source.raw
-        tables = {"state_dict_metadata": raw.state_dict_metadata, "planner_data": raw.planner_data}
         equal: dict[Any, Any] = {}  # one object for equal descriptions, again because a pickle holds it once
-        for name, table in tables.items():
-            if isinstance(table, dict):
-                tables[name] = {
-                    new: equal.setdefault(_content(value), value)
-                    for key, value in table.items()
-                    for new, _ in self.keys(key)
-                }
-        new = changed(raw, **tables, storage_data=storage_data)
-        vars(new).pop("all_local_plans", None)  # how the source was saved, kept to save it again the same way
+        tensors = {
+            new: equal.setdefault(_content(stored), stored)
+            for key, stored in raw.state_dict_metadata.items()
+            for new, _ in self.keys(key)
+        }
+        # How the source was flattened and planned, which older versions stored and no load of a whole key needs.
+        new = changed(raw, state_dict_metadata=tensors, storage_data=storage_data, planner_data=None)
+        vars(new).pop("all_local_plans", None)
         return pickles.dumps(new)
 
     def common_state(self) -> bytes:
@@ -159,6 +154,14 @@ class Plan:
         return "/".join([main, *(heads[old] for old in self.sources)]) if heads else pattern
 
 
+def parse_pattern(text: str) -> list[int]:
+    """The sources in `1,2,2`. Raises ValueError naming the option."""
+    try:
+        return [int(head) for head in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--pattern is {text!r}: give heads, counted from 1, with commas between them.") from None
+
+
 def make_plan(
     load: Path,
     num_heads: int | None = None,
@@ -167,10 +170,9 @@ def make_plan(
     keep_optimizer: bool = False,
     iteration: int | None = None,
 ) -> Plan:
-    """Plan an extension of the checkpoint in `load` (a run's directory or one checkpoint) and check that it
-    is possible.
+    """Plan an extension of a checkpoint, and check that it is possible.
 
-    `pattern` holds the source of each new head, counted from 1; the default repeats all heads in order until
+    `load` is a run's directory, or that of one checkpoint. `pattern` holds the source of each new head, counted from 1; the default repeats all heads in order until
     there are `num_heads`. `iteration` is the one to store; the default is the source's with its optimizer
     state, and none (`release`) without. Raises ValueError naming the option, or CheckpointError naming the
     file, before anything is written.

@@ -7,6 +7,7 @@ the main head's losses, and the same number for the sum of the heads' terms, and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Deliver(torch.autograd.Function):
         return None, None, None, weight, *(x if wanted else None for x, wanted in zip(hidden, needed, strict=True))
 
 
-def _deliver(weight: Tensor, gradient: Tensor, accumulate_into_main_grad: bool) -> Tensor | None:
+def _deliver(weight: Any, gradient: Tensor, accumulate_into_main_grad: bool) -> Tensor | None:
     """What backward returns for the weight, in Megatron's convention for `main_grad`.
 
     A weight with `grad_added_to_main_grad` expects to be told, and a gradient of its shape to run its hooks with:

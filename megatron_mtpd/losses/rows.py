@@ -20,6 +20,7 @@ times the weight of the row. Under tensor parallelism each rank brings the numbe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,10 @@ class RowWeights(NamedTuple):
 
     cross_entropy: Tensor
     distillation: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowWeights:
+        kd = self.distillation
+        return RowWeights(function(self.cross_entropy), None if kd is None else function(kd))
 
 
 class Coefficients(NamedTuple):

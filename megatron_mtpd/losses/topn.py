@@ -15,7 +15,6 @@ Deliberately absent: approximation. The set is exact for every float dtype, and 
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -56,7 +55,9 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
     low = keys.of(torch.full_like(cut, -math.inf))
     count_low, count_high = torch.full_like(low, size), torch.zeros_like(low)
     guesses = [keys.of(g) for g in _guess(logits, n / size, tp_group)]
-    for step in itertools.count():
+    step = -1
+    while True:
+        step += 1
         is_open = (count_low != n) & (low + 1 < high)
         num_open = int(is_open.sum())
         if 2 * num_open <= len(rows):

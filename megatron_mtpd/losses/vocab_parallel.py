@@ -161,7 +161,7 @@ _KEY_DTYPES = {
 
 def _ordered_keys(x: Tensor) -> Tensor:
     """Integers in the order of the floats: IEEE bits as they are for positive, the lower bits flipped for negative."""
-    bits = (x + 0.0).view(_KEY_DTYPES[x.dtype])  # + 0.0 turns -0.0 into 0.0: equal floats get equal keys
+    bits = x.view(_KEY_DTYPES[x.dtype])  # -0.0 comes below 0.0, which changes no set: as floats they are equal
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 

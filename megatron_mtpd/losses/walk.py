@@ -144,9 +144,7 @@ def walk(inputs: Inputs, weights: RowWeights | None = None, gradients: Gradients
     # Padding to whole chunks: rows that are not live and have no weight.
     labels, is_live = (F.pad(x, (0, -num_rows % chunk)) for x in (inputs.labels, inputs.is_live))
     if weights is not None:
-        weights = RowWeights(
-            *(None if w is None else F.pad(w * inputs.logit_scale, (0, -num_rows % chunk)) for w in weights)
-        )
+        weights = weights.map(lambda w: F.pad(w * inputs.logit_scale, (0, -num_rows % chunk)))
     results = []
     for start in range(0, num_rows, chunk):
         hidden = _hidden_of(inputs, start, is_live[:, start : start + chunk], blocks)
@@ -165,7 +163,7 @@ def walk(inputs: Inputs, weights: RowWeights | None = None, gradients: Gradients
                     labels[rows],
                     inputs.config,
                     None if cuts is None else cuts[i * block : (i + 1) * block],
-                    None if weights is None else RowWeights(*(None if w is None else w[:, rows] for w in weights)),
+                    None if weights is None else weights.map(lambda w, rows=rows: w[:, rows]),
                     None if kd is None else kd[i],
                     inputs.tp_group,
                 )

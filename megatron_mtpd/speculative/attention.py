@@ -1,9 +1,9 @@
 """Attention with a cache of keys and values, and the spec of the layers that decode.
 
-Contract: `cached_spec(config)` is the local spec of the layers with `CachedAttention` as its core attention, and with the
-layers of `layers`; parameters and checkpoint keys stay the same. While a `KVCache` is attached to the module, the keys and values of a pass
-are stored at their positions, and its queries see what the attention mask leaves visible of everything stored. Without
-one it is causal attention, as in training.
+Contract: `cached_spec(config)` is the local spec with `CachedAttention` as its core attention, and with the modules of
+`layers`; parameters and checkpoint keys stay the same. While a `KVCache` is attached to the attention, the keys and
+values of a pass are stored at their positions, and its queries see what the mask leaves visible of everything stored.
+Without one it is causal attention, as in training.
 
 Deliberately absent: paging, and quantised or sliding-window caches.
 """

@@ -1,9 +1,10 @@
 """The acceptance benchmark: prompts over the ranks of a cluster, one run for each number of heads.
 
-Each data-parallel replica takes the prompts that are left, in turn, and writes every result as soon as it is there; there
-is no communication between replicas until all are done. So a replica that dies, or a bad prompt, costs its own share
-alone: what is missing is reported, and the same command continues where it stopped. Plain decoding (0 heads), one head,
-and the main head's loss on the prompts are always measured, because speed and acceptance mean nothing without them.
+Each data-parallel replica takes the prompts that are left, in turn, and writes every result as soon as it is there;
+there is no communication between replicas until all are done. So a replica that dies, or a bad prompt, costs its own
+share alone: what is missing is reported, and the same command continues where it stopped. Plain decoding (0 heads), one
+head, and the main head's loss on the prompts are always measured, because speed and acceptance mean nothing without
+them.
 
 Deliberately absent: scoring of answers.
 """
@@ -14,62 +15,19 @@ import hashlib
 import logging
 import random
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
-from tqdm import tqdm
 
 from megatron_mtpd.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mtpd.speculative import loading, report
-from megatron_mtpd.speculative.decoder import Decoder
-from megatron_mtpd.speculative.generate import Request, generate
 from megatron_mtpd.speculative.prompts import Prompt, read_prompts
 from megatron_mtpd.speculative.results import Results, Run
-from megatron_mtpd.speculative.sampling import Sampling
-from megatron_mtpd.speculative.teacher_forced import per_batch
+from megatron_mtpd.speculative.worker import TEACHER_FORCED, NumberTokenizer, Options, Worker
 
-TEACHER_FORCED = "teacher_forced"
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured, and where to. Raises ValueError for values that cannot work."""
-
-    load: Path
-    prompts: Sequence[str]
-    output: Path
-    num_heads: Sequence[int] = ()
-    """Runs beside plain decoding and one head; empty: all heads of the checkpoint."""
-    ckpt_step: int | None = None
-    tensor_parallel: int = 1
-    dtype: str | None = None
-    tokenizer_type: str | None = None
-    tokenizer_model: str | None = None
-    batch_size: int = 8
-    max_new_tokens: int = 128
-    max_prompt_tokens: int | None = None
-    """Longer prompts lose their beginning. Default: what the training's sequence length leaves."""
-    limit: int | None = None
-    """At most so many prompts of each benchmark, chosen at random by the seed."""
-    sampling: Sampling = field(default_factory=Sampling)
-    min_confidence: float = 0.0
-    mask_position_0: bool = False
-    ignore_eod: bool = False
-    teacher_forced_only: bool = False
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least 1.")
 
 
 def run(options: Options) -> dict[str, Any] | None:
@@ -85,7 +43,7 @@ def run(options: Options) -> dict[str, Any] | None:
     settings = _settings(options, loaded, prompts)
     rank = dist.get_rank()
     results = Results(options.output, settings, rank)
-    worker = _Worker(options, loaded, tokenizer, prompts, results)
+    worker = Worker(options, loaded, tokenizer, prompts, results)
     failure = None
     try:
         for current in runs:
@@ -117,24 +75,6 @@ def _chosen(prompts: list[Prompt], options: Options) -> list[Prompt]:
     return kept
 
 
-class NumberTokenizer:
-    """Megatron's NullTokenizer: a text is its token ids, with spaces between."""
-
-    type, model, eod = "NullTokenizer", "", None
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def sha256(self) -> dict[str, str]:
-        return {}
-
-
 def _tokenizer(args: Any, options: Options) -> Tokenizer:
     kind = options.tokenizer_type or args.tokenizer_type
     if kind == NumberTokenizer.type:
@@ -146,9 +86,11 @@ def _runs(options: Options, available: int) -> list[Run]:
     asked = options.num_heads or [available]
     for number in asked:
         if not 0 <= number <= available:
-            raise ValueError(f"--num-heads {number}: the checkpoint has {available} heads; give 0 (plain) to {available}.")
-    decoding = sorted({0, *([1] if available else []), *asked})
-    return [TEACHER_FORCED, *([] if options.teacher_forced_only else decoding)]
+            raise ValueError(
+                f"--num-heads {number}: the checkpoint has {available} heads; give 0 (plain) to {available}."
+            )
+    decoding: list[Run] = [*sorted({0, *([1] if available else []), *asked})]
+    return [TEACHER_FORCED] if options.teacher_forced_only else [TEACHER_FORCED, *decoding]
 
 
 def _settings(options: Options, loaded: loading.Loaded, prompts: list[Prompt]) -> dict[str, Any]:
@@ -175,141 +117,3 @@ def _wait_for_all() -> None:
         dist.barrier()
     except RuntimeError as error:
         logger.warning("A rank died; the report holds what is there (%s).", str(error).splitlines()[0])
-
-
-class _Worker:
-    """One replica's work. All ranks of a tensor-parallel group do the same; the first of them writes."""
-
-    def __init__(
-        self,
-        options: Options,
-        loaded: loading.Loaded,
-        tokenizer: Tokenizer,
-        prompts: list[Prompt],
-        results: Results,
-    ) -> None:
-        self.options, self.loaded, self.results = options, loaded, results
-        self.prompts, self.tokenizer = prompts, tokenizer
-        self.writes = parallel_state.get_tensor_model_parallel_rank() == 0
-        self.replica = parallel_state.get_data_parallel_rank()
-        self.replicas = parallel_state.get_data_parallel_world_size()
-        longest = loaded.args.max_position_embeddings - options.max_new_tokens
-        self.max_prompt_tokens = options.max_prompt_tokens or longest
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"--max-new-tokens {options.max_new_tokens} leaves no room for prompts in the training's "
-                f"{loaded.args.max_position_embeddings} tokens: give less, or set --max-prompt-tokens."
-            )
-        # All ranks see the same files here, before any of them writes; the list must not change while ranks deal from it.
-        self.done = results.done()
-        dist.barrier()
-
-    def run(self, current: Run) -> None:
-        """Do this replica's share of a run."""
-        left = [i for i in range(len(self.prompts)) if (current, i) not in self.done]
-        share = left[self.replica :: self.replicas]
-        if not share:
-            return
-        with _progress(current, len(share)) as advance:
-            if current == TEACHER_FORCED:
-                self._measure(share, advance)
-            else:
-                self._decode(int(current), share, advance)
-
-    def _tokens(self, share: list[int], run: Run, advance: Any) -> Iterator[tuple[int, list[int], int]]:
-        """Number, token ids and tokens cut off, of each good prompt; the bad ones are written as such."""
-        for index in share:
-            prompt = self.prompts[index]
-            error, ids = prompt.error, []
-            if not error:
-                try:
-                    ids = self.tokenizer.encode([prompt.text])[0]
-                except Exception as reason:  # whatever a tokenizer finds wrong with a text
-                    error = f"{type(reason).__name__}: {reason}"
-                if not error and not all(0 <= i < self.tokenizer.vocab_size for i in ids):
-                    error = "token ids outside the vocabulary"
-                if not error and not ids:
-                    error = "no token in it"
-            if error:
-                self._write(run, index, {"error": error})
-                advance(0)
-            else:
-                yield index, ids[-self.max_prompt_tokens :], max(0, len(ids) - self.max_prompt_tokens)
-
-    def _write(self, run: Run, index: int, values: dict[str, Any]) -> None:
-        if self.writes:
-            self.results.append(run, index, **values)
-
-    def _measure(self, share: list[int], advance: Any) -> None:
-        eod = self.tokenizer.eod
-        for index, ids, cut in self._tokens(share, TEACHER_FORCED, advance):
-            (result,) = per_batch(self.loaded.model, [ids], 1, eod)
-            self._write(TEACHER_FORCED, index, {"cut": cut, **asdict(result)})
-            advance(len(ids))
-
-    def _decode(self, num_heads: int, share: list[int], advance: Any) -> None:
-        options = self.options
-        capacity = self.max_prompt_tokens + options.max_new_tokens + num_heads + 1
-        slots = min(options.batch_size, len(share))
-        decoder = Decoder(
-            self.loaded.model,
-            num_heads,
-            slots,
-            capacity,
-            self.tokenizer.vocab_size,
-            options.sampling,
-            options.min_confidence if num_heads else 0.0,
-            options.mask_position_0,
-        )
-        self._warm_up(decoder)
-        cuts: dict[int, int] = {}
-
-        def requests() -> Iterator[Request]:
-            for index, ids, cut in self._tokens(share, num_heads, advance):
-                cuts[index] = cut
-                yield Request(index, ids, options.max_new_tokens)
-
-        eod = None if options.ignore_eod else self.tokenizer.eod
-        for generation in generate(decoder, requests(), eod, options.seed):
-            values = asdict(generation)
-            self._write(num_heads, values.pop("key"), {"cut": cuts.pop(generation.key), **values})
-            advance(len(generation.tokens))
-
-    def _warm_up(self, decoder: Decoder) -> None:
-        """The first passes allocate and choose kernels: not what is to be timed."""
-        size = min(4, self.options.max_new_tokens)
-        prompts = [Request(-1 - i, [0], size) for i in range(decoder.state.slots)]
-        for _ in generate(decoder, prompts):
-            pass
-
-
-class _progress:
-    """Prompts done, tokens a second and time left: a bar on a terminal, a line every ten seconds elsewhere. Rank 0's."""
-
-    def __init__(self, run: Run, total: int) -> None:
-        self._name = f"{run} heads" if isinstance(run, int) else "main loss"
-        self._total, self._prompts, self._tokens = total, 0, 0
-        self._start = self._said = time.monotonic()
-        self._speaks = dist.get_rank() == 0
-        on_terminal = self._speaks and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=self._name, unit="prompt", leave=False) if on_terminal else None
-
-    def __enter__(self) -> _progress:
-        return self
-
-    def __call__(self, tokens: int) -> None:
-        self._prompts, self._tokens = self._prompts + 1, self._tokens + tokens
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._start, 1e-9)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            self._bar.update()
-        elif self._speaks and now - self._said >= 10.0:
-            self._said = now
-            left = (now - self._start) / self._prompts * (self._total - self._prompts)
-            done = f"{self._prompts} of {self._total} prompts"
-            print(f"{self._name}: {done}, {rate:,.0f} tokens/s, {left:,.0f} s left", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

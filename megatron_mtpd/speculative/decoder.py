@@ -1,19 +1,19 @@
 """Draft with the heads, verify with the main model: one step of a batch, with caches that are exact.
 
-Positions. A sequence has n committed tokens x_0 .. x_{n-1}. The main model has run on positions 0 .. n-2; the last token
-is known, but not yet processed. Head k at position i takes the hidden state of depth k-1 at i (depth 0: the main model,
-after its final norm) and the embedding of x_{i+k}, with the rotary embedding of i, and predicts x_{i+k+1}. So all heads
-draft at position n-2: head 1 from x_{n-1} the draft d_1 of x_n, head 2 from d_1 the draft d_2 of x_{n+1}, and so on. The
-main model then runs on x_{n-1}, d_1 .. d_K at positions n-1 .. n+K-1 at once. If it accepts a drafts, a + 1 tokens are
-committed: those, and its own next one.
+Positions. A sequence has n committed tokens x_0 .. x_{n-1}. The main model has run on positions 0 .. n-2; the last
+token is known, but not yet processed. Head k at position i takes the hidden state of depth k-1 at i (depth 0: the main
+model, after its final norm) and the embedding of x_{i+k}, with the rotary embedding of i, and predicts x_{i+k+1}. So
+all heads draft at position n-2: head 1 from x_{n-1} the draft d_1 of x_n, head 2 from d_1 the draft d_2 of x_{n+1}, and
+so on. The main model then runs on x_{n-1}, d_1 .. d_K at positions n-1 .. n+K-1 at once. If it accepts a drafts, a + 1
+tokens are committed: those, and its own next one.
 
-Which entries of a head's cache hold. Entry i of head k was computed from x_{i+k}, so it holds as long as that token does:
-with n committed tokens, entries i <= n-1-k. In training, head k at n-2 sees the entries up to n-2, each from the token
-that follows; the last k-1 of them need tokens that are only drafted. So when head k drafts it (re)computes all positions
-from its first entry that does not hold up to n-2, with the drafts of *this* step. What it sees is then exactly a forward
-pass over the committed tokens and the drafts. After a drafts are accepted, n' = n + a + 1 tokens are committed, and the
-entries from accepted drafts hold too: the first min(n-1, n'-1-k) of them. Their hidden states are kept for depth k+1,
-which may have to reach back one position further than depth k.
+Which entries of a head's cache hold. Entry i of head k was computed from x_{i+k}, so it holds as long as that token
+does: with n committed tokens, entries i <= n-1-k. In training, head k at n-2 sees the entries up to n-2, each from the
+token that follows; the last k-1 of them need tokens that are only drafted. So when head k drafts it (re)computes all
+positions from its first entry that does not hold up to n-2, with the drafts of *this* step. What it sees is then
+exactly a forward pass over the committed tokens and the drafts. After a drafts are accepted, n' = n + a + 1 tokens are
+committed, and the entries from accepted drafts hold too: the first min(n-1, n'-1-k) of them. Their hidden states are
+kept for depth k+1, which may have to reach back one position further than depth k.
 
 Worked example, K = 3, committed x_0 .. x_5 (n = 6; all heads draft at position 4). `t` is a draft's token:
 
@@ -22,8 +22,9 @@ Worked example, K = 3, committed x_0 .. x_5 (n = 6; all heads draft at position 
     head 2 takes    x_2  x_3  x_4  x_5  t_6      0..3    4 (3 held)   drafts d_2 = t_7
     head 3 takes    x_3  x_4  x_5  t_6  t_7      0..2    3, 4         drafts d_3 = t_8
 
-d_1 is accepted, d_2 is not: n' = 8, x_6 = t_6, x_7 != t_7. Heads 1 and 2 keep entries 0..4 (head 2 took t_6 = x_6), head 3
-keeps 0..3: its entry 4 took t_7. The next draft is at position 6: heads 1 and 2 compute 5, 6, head 3 computes 4, 5, 6.
+d_1 is accepted, d_2 is not: n' = 8, x_6 = t_6, x_7 != t_7. Heads 1 and 2 keep entries 0..4 (head 2 took t_6 = x_6),
+head 3 keeps 0..3: its entry 4 took t_7. The next draft is at position 6: heads 1 and 2 compute 5, 6, head 3 computes 4,
+5, 6.
 
 Rounding. Plain decoding is the same code without heads. A pass over K+1 positions may use other matrix kernels than one
 over 1, so that logits differ in the last bits; the tokens differ only where the two largest logits are that close.

@@ -2,8 +2,8 @@
 
 A decoding step computes a few positions, and what Megatron does around its kernels for training (autograd functions,
 offloading, fusion and recompute switches) then costs more than the kernels. Each class here inherits its parameters,
-and replaces only `forward`, by the same mathematics; tests compare it with the training model. Attention keeps Megatron's
-forward pass while no cache is attached.
+and replaces only `forward`, by the same mathematics; tests compare it with the training model. Attention keeps
+Megatron's forward pass while no cache is attached.
 
 Deliberately absent: dropout, gradients, and the options that `refuse` names. Experts run in Megatron's own modules.
 """

@@ -1,7 +1,7 @@
 """Build the model of a checkpoint for decoding, at the tensor-parallel size asked for, from what the checkpoint says.
 
-The checkpoint holds the arguments of its training run: no flag of that run is needed again. Whatever its layout was, the
-model is built whole, on the local modules, and its weights are loaded resharded. The ranks of the job form as many
+The checkpoint holds the arguments of its training run: no flag of that run is needed again. Whatever its layout was,
+the model is built whole, on the local modules, and its weights are loaded resharded. The ranks of the job form as many
 data-parallel replicas as fit: world size / tensor-parallel size.
 
 Deliberately absent: pipeline, expert and context parallelism, and checkpoints in other formats than `torch_dist`.

@@ -11,8 +11,8 @@ A record's fields tell its format, so a file needs no option:
 | `question` or `Question` | GSM8K, Natural Questions, TriviaQA | question, "Answer:" |
 | `text` | own files | as it is |
 
-Files: .jsonl, .json (a list, a record, or TriviaQA's `Data`), .csv, anything else is text with a prompt on each line; each
-may be compressed (.gz). A folder stands for the files in it (MATH is one file a problem).
+Files: .jsonl, .json (a list, a record, or TriviaQA's `Data`), .csv, anything else is text with a prompt on each line;
+each may be compressed (.gz). A folder stands for the files in it (MATH is one file a problem).
 
 Deliberately absent: chat templates, few-shot examples, downloading, answers.
 """

@@ -1,4 +1,5 @@
-"""What the benchmark shows: `acceptance.json`, a table, pictures, TensorBoard and a page of HTML, from the same numbers.
+"""What the benchmark shows: `acceptance.json`, a table, pictures, TensorBoard and a page of HTML, from the same
+numbers.
 
 Counts are sums over prompts. Speed is the sum over replicas of tokens over busy time, so it says what all of them do at
 once and not how evenly the last prompts were spread. A speedup compares with the same prompts and batch size.
@@ -156,15 +157,16 @@ def table(summary: dict[str, Any]) -> str:
             f"teacher-forced CAR (%):          {_percent(forced['cumulative_acceptance_rate'])}",
             "",
         ]
-    lines.append(f"{'heads':>5} {'drafts':>8} {'length':>7} {'tokens/s':>9} {'x plain':>8} {'x 1 head':>8}  AR | CAR (%) by head")
+    lines.append(
+        f"{'heads':>5} {'drafts':>8} {'length':>7} {'tokens/s':>9} {'x plain':>8} {'x 1 head':>8}  AR | CAR (%) by head"
+    )
     for run in summary["runs"]:
         numbers = [run["acceptance_length"], run["tokens_per_second"]]
         numbers += [run["speedup_vs_autoregressive"], run["speedup_vs_one_head"]]
         shown = ["-" if x is None else f"{x:.{d}f}" for x, d in zip(numbers, (3, 0, 2, 2), strict=True)]
         rates = f"{_percent(run['acceptance_rate'])} | {_percent(run['cumulative_acceptance_rate'])}"
-        lines.append(
-            f"{run['num_heads']:>5} {run['num_drafts']:>8} {shown[0]:>7} {shown[1]:>9} {shown[2]:>8} {shown[3]:>8}  {rates}"
-        )
+        front = f"{run['num_heads']:>5} {run['num_drafts']:>8} {shown[0]:>7} {shown[1]:>9} {shown[2]:>8} {shown[3]:>8}"
+        lines.append(f"{front}  {rates}")
     if step := summary["step_cost"]:
         lines += [
             "",

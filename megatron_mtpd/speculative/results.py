@@ -1,8 +1,8 @@
 """Results of single prompts on disk: what makes a benchmark resumable and its gathering exact.
 
-A folder holds `settings.json`, which says what was asked for, and one append-only file of JSON lines for each rank. A line
-is the result of one prompt in one run; it is whole or it is ignored. Sums of integers are taken over lines, so they do
-not depend on how prompts were dealt or how often a job was started again.
+A folder holds `settings.json`, which says what was asked for, and one append-only file of JSON lines for each rank. A
+line is the result of one prompt in one run; it is whole or it is ignored. Sums of integers are taken over lines, so
+they do not depend on how prompts were dealt or how often a job was started again.
 
 Deliberately absent: rates and tables; `report` makes them.
 """
@@ -39,7 +39,7 @@ class Results:
             other = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
             if other:
                 raise ValueError(
-                    f"--output {directory} holds results of other settings ({', '.join(other)}): choose another folder, "
+                    f"--output {directory} holds results of other settings ({', '.join(other)}): choose another, "
                     "or delete it."
                 )
         elif rank == 0:

@@ -59,11 +59,15 @@ class State:
             store = self.hidden[depth] = values.new_zeros(self.slots, self.capacity + 1, values.shape[-1])
         store[window.slots].index_put_((window.rows, window.positions), values.transpose(0, 1))
 
+    def stored(self, depth: int) -> Tensor:
+        """All hidden states that a depth has handed on, [slots, capacity + 1, h]."""
+        store = self.hidden[depth]
+        assert store is not None, "the depth has run before"
+        return store
+
     def hidden_at(self, depth: int, window: Window) -> Tensor:
         """[s, b, h] of a window."""
-        store = self.hidden[depth]
-        assert store is not None, "the depth before runs first"
-        return store[window.slots][window.rows, window.positions].transpose(0, 1).contiguous()
+        return self.stored(depth)[window.slots][window.rows, window.positions].transpose(0, 1).contiguous()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

@@ -45,9 +45,7 @@ class TeacherForced:
         }
 
 
-def measure(
-    model: MTPDModel, texts: Iterable[list[int]], batch_size: int = 8, eod: int | None = None
-) -> TeacherForced:
+def measure(model: MTPDModel, texts: Iterable[list[int]], batch_size: int = 8, eod: int | None = None) -> TeacherForced:
     """Acceptance of all heads against the main head on token sequences, and the losses. Every rank's own texts.
 
     A draft is counted where all heads have a target; heads are then counted up to the first that fails.
@@ -113,4 +111,3 @@ def _measure(model: MTPDModel, ids: Tensor, mask: Tensor, eod: int | None) -> Te
         at_least = histogram.flip(0).cumsum(0).flip(0).tolist()  # drafts with at least so many accepted
         counts = Acceptance(at_least[0], [at_least[0]] * num_heads, at_least[:-1], at_least[1:])
     return TeacherForced(counts, loss.sum().item(), int(mask.sum()), sums, tokens)
-

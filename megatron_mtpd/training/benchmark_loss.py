@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mtpd.config import Objective
+
 VARIANTS = ("megatron_mtp", "mtpd_eager", "mtpd_fused")
 BASELINE = "megatron_mtp"
 _RATIOS = {
@@ -45,7 +47,7 @@ class Workload:
     dtype: str = "fp32"
     tp: int = 1
     sequence_parallel: bool = False
-    objective: str = "topn_kl"
+    objective: Objective = "topn_kl"
     threads: int = 1
     """Of each rank, on a CPU."""
 
@@ -116,7 +118,7 @@ def benchmark(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
     titles = ("variant", "ms a step", "min", "max", "extra MB", "TP MB", "time", "CPU time", "memory")
-    lines = [titles]
+    lines: list[tuple[str, ...]] = [titles]
     for row in rows:
         times = [f"{1e3 * row[f'seconds_{name}']:.1f}" for name in ("median", "min", "max")]
         sizes = [f"{row['peak_extra_bytes'] / 1e6:.1f}", f"{row['tp_bytes'] / 1e6:.2f}"]
@@ -171,6 +173,7 @@ class _Worker:
         """Run one step on all ranks; seconds of the slowest, and of its processor."""
         for process in self.ranks:
             try:
+                assert process.stdin
                 process.stdin.write("step\n")
                 process.stdin.flush()
             except BrokenPipeError:
@@ -181,7 +184,7 @@ class _Worker:
         return max(answer["seconds"] for answer in answers), max(answer["cpu_seconds"] for answer in answers)
 
     def _answer(self, process: subprocess.Popen) -> dict[str, Any]:
-        for line in process.stdout:
+        for line in process.stdout or ():
             if line.startswith(_ANSWER):
                 return json.loads(line.removeprefix(_ANSWER))
         self.stop()

@@ -23,16 +23,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_mtpd.provenance import PACKAGES
+from megatron_mtpd.provenance import versions
 
 MODULES = ("megatron.core", "megatron_mtpd")
 MOST_SKEW = 5.0
@@ -113,12 +112,8 @@ def measure(rank: int, local_rank: int, shared: Path) -> Report:
             import_module(module)
         except Exception as error:  # whatever it is, the person must read it beside the node's name
             problems.append(f"import {module} failed: {error!r}")
-    report = Report(
-        rank, socket.gethostname(), {"python": platform.python_version(), "from": str(Path(__file__).parent)}
-    )
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            report.versions[package] = metadata.version(package)
+    found = {"python": platform.python_version(), "checkout": str(Path(__file__).parents[2]), **versions()}
+    report = Report(rank, socket.gethostname(), found)
     if torch.version.cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count() > 0:
         problems.append(f"{torch.cuda.device_count()} GPUs for {os.environ['LOCAL_WORLD_SIZE']} ranks")
     elif torch.cuda.is_available():

@@ -4,7 +4,6 @@ Megatron counts a head's pair when its target is unmasked: `cross_documents`. Wi
 default is the same.
 """
 
-import functools
 from dataclasses import replace
 from typing import get_args
 
@@ -44,7 +43,6 @@ def check_same(ours, expected):
     check_tensors(ours.gradients, expected.gradients, GRADIENT_TOLERANCE)
 
 
-@functools.cache
 def megatrons(toy: str, layout: str):
     return train(LAYOUTS[layout], replace(TOYS[toy], megatron=True))
 

@@ -5,17 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-# isort: split
-import megatron_mtpd.training.pretrain as pretrain  # prepares the machine; imports are paid once for all ranks
 from megatron_mtpd.speculative import loading
 from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
 from megatron_mtpd.speculative.sampling import Sampling
+from tests.distributed.checkpoints import save_checkpoint
 from tests.distributed.gloo import run
 from tests.unit.speculative.toys import VOCABULARY, prompts, toy_model
-
-# isort: split
-from megatron.core import dist_checkpointing
 
 pytestmark = pytest.mark.distributed
 
@@ -45,24 +41,8 @@ def test_ranks_sample_the_same_tokens(sampling):
     assert first == second == one
 
 
-FLAGS = """
---hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --num-layers 2
---mtp-num-layers 3 --seq-length 32 --max-position-embeddings 32 --normalization RMSNorm --swiglu --disable-bias-linear
---untie-embeddings-and-output-weights --mock-data --tokenizer-type NullTokenizer --vocab-size 95 --micro-batch-size 1
---train-iters 1 --lr 1e-3 --make-vocab-size-divisible-by 8 --ckpt-format torch_dist
-"""
-
-
 def save(directory, tensor_parallel):
-    """A checkpoint of random weights, as training writes it, and its logits of a text."""
-    loading.start_distributed(tensor_parallel)
-    pretrain.sys.argv = ["test"]
-    args = pretrain.parse([*FLAGS.split(), "--tensor-model-parallel-size", str(tensor_parallel)])
-    model = loading.build(loading.decoding_args(args, 3, tensor_parallel))
-    state = {"args": args, "iteration": 7, "model": model.sharded_state_dict()}
-    Path(directory).mkdir(exist_ok=True)
-    dist_checkpointing.save(state, directory)
-    return logits(model)
+    return logits(save_checkpoint(directory, tensor_parallel))
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ class Toy:
     clip: float = 0.0
     megatron: bool = False  # Megatron's own model and MTP loss, forward step of its own
     detach_heads: bool = False  # Megatron's flag
+    options: dict[str, Any] = field(default_factory=dict)  # other fields of TransformerConfig
     nudge: float = 0.0  # move the heads' weights so far along a fixed direction
 
 

@@ -342,11 +342,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_is_one_line(run, tmp_path):
-    command = [sys.executable, TOOL, "--load", run[1], "--save", tmp_path / "out", "--pattern", "9"]
+@pytest.mark.parametrize(("pattern", "message"), [("9", "names head [9]"), ("1,x", "is '1,x'"), ("", "is ''")])
+def test_an_error_is_one_line(run, tmp_path, pattern, message):
+    command = [sys.executable, TOOL, "--load", run[1], "--save", tmp_path / "out", "--pattern", pattern]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("loop_extend.py: error: --pattern names head [9]")
+    assert done.stderr.startswith(f"loop_extend.py: error: --pattern {message}")
     assert done.stderr.count("\n") == 1
 
 

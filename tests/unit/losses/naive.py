@@ -1,7 +1,7 @@
 """The losses once more, as naively as they can be said: float64, a row or a position at a time, Python's own sorting.
 
-Nothing of the package is used but the names of its options, so agreement with it means something. Which pairs of position
-and target count follows the words of the method: nothing between them is masked or ends a document.
+Nothing of the package is used but the names of its options, so agreement with it means something. Which pairs of
+position and target count follows the words of the method: nothing between them is masked or ends a document.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mtpd.config import MTPDConfig
+from megatron_mtpd.config import MTPDConfig, Objective
 from megatron_mtpd.losses import chunk, objectives, walk
 from megatron_mtpd.losses.alignment import head_masks
 from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss, mtpd_loss
@@ -24,7 +24,7 @@ from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.losses.rows import RowWeights
 from megatron_mtpd.losses.topn import topn_cut
 
-OBJECTIVES = ["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
+OBJECTIVES: list[Objective] = ["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
 TOLERANCE = 1e-9
 
 
@@ -91,8 +91,8 @@ class Outcome(NamedTuple):
     main_loss: Tensor
     heads_loss: Tensor
     report: LossReport
-    gradients: list[Tensor | None]
-    """Of the weight, then of the hidden states."""
+    gradients: list[Any]
+    """Of the weight, then of the hidden states; None where there is none."""
 
 
 def leaves(case: Case, frozen: frozenset[str]) -> tuple[list[Tensor], Tensor]:
@@ -129,7 +129,9 @@ def eager(case: Case, config: MTPDConfig, frozen=frozenset(), logit_scale=1.0, c
     return finish(case, *losses, [weight, *hidden], c)
 
 
-def fused(case: Case, config: MTPDConfig, frozen=frozenset(), logit_scale=1.0, c=0.25, chunk_rows=24) -> Outcome:
+def fused(
+    case: Case, config: MTPDConfig, frozen=frozenset(), logit_scale=1.0, c=0.25, chunk_rows: int | None = 24
+) -> Outcome:
     hidden, weight = leaves(case, frozen)
     losses = fused_mtpd_loss(
         *split(case, hidden),
@@ -303,13 +305,14 @@ def test_logits_of_minus_infinity():
     torch.manual_seed(0)
     logits = torch.randn(3, 4, 9, dtype=torch.float64)
     logits[..., 2] = logits[:, 1, 5] = -torch.inf
-    labels, weights = torch.tensor([0, 1, 3, 8]), RowWeights(torch.rand(3, 4).double(), torch.rand(2, 4).double())
+    kd_weights = torch.rand(2, 4).double()
+    labels, weights = torch.tensor([0, 1, 3, 8]), RowWeights(torch.rand(3, 4).double(), kd_weights)
     for objective in OBJECTIVES[:-1]:
         config = MTPDConfig(objective=objective, top_n=4, temperature=1.5)
-        reference = logits.clone().requires_grad_()
+        reference: Any = logits.clone().requires_grad_()
         ce = objectives.cross_entropy(reference, labels.expand(3, -1))
         kd = torch.stack([objectives.distillation(reference[0], z, config) for z in reference[1:]])
-        ((weights.cross_entropy * ce).sum() + (weights.distillation * kd).sum()).backward()
+        ((weights.cross_entropy * ce).sum() + (kd_weights * kd).sum()).backward()
         cut = topn_cut(logits[0], 4) if objective == "topn_kl" else None
         z = logits.clone()
         rows = chunk.block_losses(z, labels, config, cut, weights)
@@ -339,7 +342,7 @@ def test_tied_weights():
 @pytest.mark.parametrize("tells", [False, True])
 def test_accumulates_into_main_grad(tells):
     case, config = make_case(), MTPDConfig(top_n=9)
-    weight = torch.nn.Parameter(case.weight.clone())
+    weight: Any = torch.nn.Parameter(case.weight.clone())
     weight.main_grad = torch.ones_like(weight)
     if tells:
         weight.grad_added_to_main_grad = False
@@ -356,7 +359,7 @@ def test_accumulates_into_main_grad(tells):
 
 def test_main_grad_is_left_alone_unless_asked():
     case = make_case()
-    weight = torch.nn.Parameter(case.weight.clone())
+    weight: Any = torch.nn.Parameter(case.weight.clone())
     weight.main_grad = torch.ones_like(weight)
     finish(case, *fused_mtpd_loss(*split(case, case.hidden), weight, *case[2:], MTPDConfig(top_n=9)), [], 0.25)
     assert (weight.main_grad == 1).all() and weight.grad.any()

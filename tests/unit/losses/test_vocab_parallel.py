@@ -30,12 +30,10 @@ def test_the_threshold_refuses_an_empty_set():
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_keys_order_like_floats_and_come_back(dtype):
-    values = awkward_rows(dtype).flatten().unique()  # sorted; -0.0 and 0.0 are one
+    values = awkward_rows(dtype).flatten().unique()  # sorted, zeros of both signs taken for one
     keys = vp._ordered_keys(values)
     assert (keys[1:] > keys[:-1]).all()
     assert torch.equal(vp._float_from_keys(keys, dtype), values)
-    zeros = torch.tensor([0.0, -0.0], dtype=dtype)
-    assert vp._ordered_keys(zeros).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

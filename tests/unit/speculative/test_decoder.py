@@ -8,9 +8,11 @@ from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
 from tests.unit.speculative.toys import VOCABULARY, hidden_states, plain, prompts, speculative, toy_model
 
-# A pass over a window and one over the whole sequence sum the same numbers in another order: fp32 has 2^-23 = 1.2e-7, and
-# the values here are of size 1 to 10 after a norm, through at most 18 layers.
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+# A pass over a window and one over the whole sequence sum the same numbers in another order: fp32 has 2^-23 = 1.2e-7,
+# and the values here are of size 1 to 10 after a norm, through at most 18 layers.
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_caches_equal_the_training_pass_head_by_head(model):
             for depth in range(4):  # the last head hands its states to nobody
                 valid = int(state.valid[depth, slot])
                 assert valid >= min(n - 1 - depth, n - 2) - 4
-                torch.testing.assert_close(state.hidden[depth][slot, :valid], truth[depth][:valid], **CLOSE)
+                assert_close(state.stored(depth)[slot, :valid], truth[depth][:valid])
                 rolled_back += valid < n - 2
     assert rolled_back > 0
 
@@ -102,7 +104,7 @@ def test_drafts_come_from_the_hidden_states_of_a_training_pass(model, monkeypatc
             tokens = decoder.state.tokens[row, :n].tolist() + drafts[row]
             truth = hidden_states(model, tokens)
             for k in range(1, 5):
-                torch.testing.assert_close(seen[k - 1][0, row], truth[k][n - 2], **CLOSE)
+                assert_close(seen[k - 1][0, row], truth[k][n - 2])
 
 
 def test_every_head_counts(model):
@@ -147,7 +149,7 @@ def test_confidence_leaves_the_caches_exact(model):
         truth = hidden_states(model, decoder.state.tokens[slot, :n].tolist())
         for depth in range(4):
             valid = int(decoder.state.valid[depth, slot])
-            torch.testing.assert_close(decoder.state.hidden[depth][slot, :valid], truth[depth][:valid], **CLOSE)
+            assert_close(decoder.state.stored(depth)[slot, :valid], truth[depth][:valid])
     assert min(lagging) >= 0
 
 

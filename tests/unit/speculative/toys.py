@@ -1,7 +1,7 @@
 """A model of random weights that can decode, and the cache-free reference of speculative decoding.
 
-The weights are functions of their names. A few tokens are frequent, and a head is given its token much as the main model
-is given its own, so that they agree often enough for every number of accepted drafts to occur.
+The weights are functions of their names. A few tokens are frequent, and a head is given its token much as the main
+model is given its own, so that they agree often enough for every number of accepted drafts to occur.
 """
 
 from __future__ import annotations
@@ -62,20 +62,25 @@ def toy_model(
         share_embeddings_and_output_weights=False,
     )
     model = build_from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weight = whole_weight(name, parameter, tp, frequent)
-            if weight.shape != parameter.shape:
-                dim = parameter.partition_dim
-                weight = _shard(name, weight, dim, tp)
-            parameter.copy_(weight)
+    set_weights(model, frequent)
     return model
+
+
+@torch.no_grad()
+def set_weights(model: MTPDModel, frequent: int = 24) -> None:
+    """The toy's weights, at the tensor-parallel size of the process."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in model.named_parameters():
+        weight = whole_weight(name, parameter, tp, frequent)
+        if weight.shape != parameter.shape:
+            weight = _shard(name, weight, getattr(parameter, "partition_dim"), tp)  # noqa: B009
+        parameter.copy_(weight)
 
 
 def whole_weight(name: str, parameter: Tensor, tp: int, frequent: int) -> Tensor:
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tp
+        shape[getattr(parameter, "partition_dim")] *= tp  # noqa: B009
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.15
     if "norm" in name:
         return weight + 1.0

@@ -1,0 +1,137 @@
+"""The cluster that the tests of this folder share, and the jobs in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.minislurm import Cluster, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = """\
+# The smallest model that has what matters, on made-up data.
+--num-layers 1 --mtp-num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2
+--seq-length 16 --max-position-embeddings 16 --normalization RMSNorm --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --attention-dropout 0.1 --hidden-dropout 0.1
+--mock-data --tokenizer-type NullTokenizer --vocab-size 63 --split '90,5,5' --num-workers 1
+--micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --lr-decay-style cosine
+--log-interval 1 --eval-interval 1000 --eval-iters 0 --save-interval 8 --no-create-attention-mask-in-dataloader
+"""
+PATIENCE = 400
+"""Seconds that a test waits for a job: many times what it takes, because other work may have the processors."""
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@dataclass
+class Job:
+    """A job that was submitted."""
+
+    cluster: Cluster
+    folder: Path
+    number: str
+
+    @property
+    def state(self) -> str:
+        """As squeue names it."""
+        return self.cluster.run("squeue", "-h", "-t", "all", "-j", self.number, "-o", "%T").stdout.strip()
+
+    def ended(self) -> str:
+        """The state that it ends in."""
+        try:
+            self.cluster.wait_until(lambda: self.state in OVER, PATIENCE)
+        except TimeoutError:
+            print(self.output)
+            raise
+        return self.state
+
+    def show(self, key: str) -> str:
+        """What Slurm keeps of it: `ExitCode`, `NodeList`, `Restarts`..."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number).stdout
+        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{key}="))
+
+    @property
+    def nodes(self) -> list[str]:
+        """Where it runs."""
+        return self.cluster.run("scontrol", "show", "hostnames", self.show("NodeList")).stdout.split()
+
+    @property
+    def output(self) -> str:
+        """What the job script wrote, in all starts."""
+        path = self.folder / "out"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def run(self) -> Path:
+        """Where it trained."""
+        return self.folder / "run"
+
+    @property
+    def paused(self) -> Path:
+        """The file by which faults.py says that it waits."""
+        return self.folder / "paused"
+
+    def logs(self) -> list[Path]:
+        """Of the ranks, one a start."""
+        return sorted(path for path in (self.run / "logs").glob("*.log") if "preflight" not in path.name)
+
+    def losses(self) -> dict[int, dict[str, float]]:
+        """All that is reported of an iteration but its duration; the last report where there are several."""
+        lines = (self.run / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            for name in ("time", "iteration-time", "throughput"):
+                record.pop(name, None)
+        return {record["iteration"]: record for record in records}
+
+
+@dataclass
+class Submit:
+    """sbatch of the job scripts, with the toy model and without preflight unless the settings say otherwise."""
+
+    cluster: Cluster
+    folder: Path
+
+    def __call__(self, name: str, *words: str, script: str = "pretrain_mtpd", flags: tuple = (), **env: str) -> Job:
+        folder = self.folder / name
+        folder.mkdir()
+        settings = {
+            "MTPD_ROOT": str(ROOT),
+            "MTPD_MODEL": str(self.folder / "toy"),
+            "MTPD_RUN_DIR": str(folder / "run"),
+            "MTPD_PYTHON": sys.executable,
+            "MTPD_PREFLIGHT": "0",
+            "PAUSED": str(folder / "paused"),
+            "PYTHONWARNINGS": "ignore",
+        }
+        if "FAULT" in env:
+            settings["MTPD_TOOL"] = str(ROOT / "tests" / "slurm" / "faults.py")
+        command = ["sbatch", "--parsable", "--gpus-per-node=1", "--output=out", *words, ROOT / "slurm" / f"{script}.sh"]
+        done = self.cluster.run(*command, *map(str, flags), cwd=folder, **{**settings, **env})
+        return Job(self.cluster, folder, done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    reason = missing()
+    if reason:
+        if os.environ.get("CI"):
+            pytest.fail(f"no Slurm in continuous integration: {reason}")
+        pytest.skip(f"no Slurm cluster here: {reason}")
+    running = Cluster(nodes=12)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def submit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit:
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "toy").mkdir()
+    (folder / "toy" / "model.args").write_text(TOY)
+    (folder / "toy" / "nodes-1.args").touch()
+    return Submit(cluster, folder)
