@@ -334,7 +334,7 @@ _EVERYWHERE = (
     Patch(
         "megatron.training.training",
         "load_checkpoint",
-        lambda original: _checkpoint_seam().loads_checked(original, _get_args, lambda args: args.verify_checkpoint),
+        lambda original: _checkpoint_seam().loads_checked(original, _get_args, lambda args: getattr(args, "verify_checkpoint", True)),
         "a damaged checkpoint is named, and the last good one offered, before anything is read",
         ("ddp_model", "load_arg"),
     ),

@@ -150,7 +150,6 @@ run_ranks() {
         status=$?
         [ -n "$interrupted" ] # a signal for us ends the wait, not the step
     do :; done
-    [ -z "$teller" ] || kill "$teller"
     return $status
 }
 cancelled='' stopping='' interrupted='' teller='' stop_signal=USR1
@@ -165,6 +164,7 @@ on_usr1() {
     stopping=1
     end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) && left=$((end - $(date +%s)))
     ((SECONDS > 90 || left < 0 || left > 1800)) || delay=$((left / 2))
+    told_at=$((SECONDS + delay))
     say "USR1: the ranks get $stop_signal in $delay s"
     (
         trap - TERM USR1
@@ -225,17 +225,21 @@ requeue() { # requeue REASON: ends this script unless the job may not start agai
     fi
 }
 
+# Whether the ranks were told to stop, and had not come to their end by themselves.
+was_stopped() { [ -n "$stopping" ] && ((SECONDS >= told_at)) && ! grep -qs 'after training is done' "$LOG.log"; }
+
 # attempt TOOL ARGUMENTS...: one attempt at the work, and what follows from its end. Does not return.
 attempt() {
     local before status
     before=$(tracker)
-    [ -n "$stopping" ] || run_ranks "$LOG.log" "$@"
+    run_ranks "$LOG.log" "$@"
     status=$?
     dry_run && exit 0
+    [ -z "$teller" ] || kill "$teller" 2>/dev/null
     if [ -n "$cancelled" ]; then
-        say "cancelled"
+        say "ended by Slurm: scancel, the time limit, or a node that died"
         exit 143
-    elif [ -n "$stopping" ] && { ((status == 0)) || [ "$stop_signal" = TERM ]; }; then
+    elif was_stopped && { ((status == 0)) || [ "$stop_signal" = TERM ]; }; then
         requeue "stopped before the time limit"
         exit 0
     elif ((status == 0)); then
@@ -243,12 +247,17 @@ attempt() {
         exit 0
     fi
     say "failed with exit status $status"
-    "$PYTHON" "$MTPD_ROOT/slurm/explain.py" "$LOG.log" --ranks-per-node "$RANKS" \
-        --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || tail -n 40 "$LOG.log"
+    explain
     if [ "$(tracker)" != "$before" ]; then
         requeue "this attempt went on to checkpoint $(tracker)"
     elif node_lost; then
         requeue "a node of this job no longer answers"
     fi
     exit "$status"
+}
+
+explain() {
+    [ -e "$LOG.log" ] || return
+    "$PYTHON" "$MTPD_ROOT/slurm/explain.py" "$LOG.log" --ranks-per-node "$RANKS" \
+        --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || tail -n 40 "$LOG.log"
 }

@@ -4,7 +4,7 @@ It tells torch which rank this is, by the names of Slurm's that Megatron and tor
 
 - USR1 (save and exit) reaches this process alone. Slurm may send it to every process of a step, and the helpers that
   ranks start (checkpoint writers, data workers) would die of it. A blocked signal is inherited as blocked, so it is
-  blocked everywhere but in one thread of this process. It is ignored until the tool has a handler.
+  blocked everywhere but in one thread of this process. It is ignored until the tool has a handler, and from its end on.
 - TERM (the step is ended, because another rank failed or for good) prints the stack of every thread, then kills. The
   stack of a rank that hangs is the only trace it leaves.
 
@@ -37,4 +37,7 @@ if __name__ == "__main__":
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["MTPD_RANKS_PER_NODE"]
     del sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # as if Python had been given the tool
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:  # Python would restore what the signal does by default: kill
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -31,9 +31,7 @@ _ACCEPTED = (
 
 @dataclass
 class CommonState:
-    """`values` by name (`args`, `iteration`, `optimizer`, ...), to be changed in place; `serialized()` writes
-    them.
-    """
+    """`values` by name (`args`, `iteration`, `optimizer`, ...), to be changed in place."""
 
     source: str
     """The file it was read from, for messages."""

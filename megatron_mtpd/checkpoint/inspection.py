@@ -110,9 +110,7 @@ def _optimizer(metadata: Metadata, content: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _bytes(metadata: Metadata) -> dict[str, int]:
-    """Bytes on disk of what the entries point at, each counted once; `files` is the size of the files that
-    hold them.
-    """
+    """Bytes on disk of what the entries point at, each counted once; `files`: of the files that hold them."""
     sizes: dict[str, int] = {"model": 0, "optimizer": 0, "other": 0}
     owners = {payload: key for key, payload in metadata.payloads()}
     for payload, key in owners.items():

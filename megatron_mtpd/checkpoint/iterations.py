@@ -46,9 +46,7 @@ def directory_of(root: Path, iteration: Iteration) -> Path:
 
 
 def read_tracker(root: Path) -> Iteration | None:
-    """The iteration that a run would load; None without a tracker. Raises CheckpointError where it says
-    neither.
-    """
+    """The iteration that a run would load; None without a tracker. Raises CheckpointError for a damaged tracker."""
     path = root / TRACKER
     try:
         text = path.read_text().strip()
@@ -70,8 +68,10 @@ def write_tracker(root: Path, iteration: Iteration) -> None:
 
 
 def resolve(path: Path, iteration: int | None = None) -> tuple[Iteration | None, Path]:
-    """Iteration and directory of the checkpoint that a path means: that of a run (by its tracker, or the
-    iteration asked for), or of one checkpoint. Raises CheckpointError where there is none.
+    """Iteration and directory of the checkpoint that a path means.
+
+    The path is that of a run (its tracker decides, or the iteration asked for) or of one checkpoint. Raises
+    CheckpointError where there is none.
     """
     if (path / METADATA).exists() or (path / CONFIG).exists():
         if iteration is not None:
@@ -90,9 +90,7 @@ def resolve(path: Path, iteration: int | None = None) -> tuple[Iteration | None,
 
 
 def list_checkpoints(root: Path) -> list[Saved]:
-    """All checkpoints of a run, oldest first, `release` before all; states from a quick look
-    (`integrity.verify`).
-    """
+    """All checkpoints of a run, oldest first, `release` before all. States are those of a quick look."""
     return [_look(root, iteration) for iteration in _iterations(root)]
 
 
@@ -119,13 +117,12 @@ def _look(root: Path, iteration: Iteration) -> Saved:
 
 
 def check_loadable(root: Path, iteration: int | None = None, full: bool = True) -> Iteration | None:
-    """The iteration that a run will load from `root`, once its files are known to be good; None if there is
-    nothing to load.
+    """The iteration that a run will load from `root`, once its files are known to be good; None if there is none.
 
-    `iteration` is Megatron's `--ckpt-step`; without it the tracker decides. Later directories that cannot be
-    loaded are named in a warning. Raises CheckpointError with the file, what is wrong with it, and the flag
-    that loads the newest good one before it. Where torch.distributed is initialized this is collective: all
-    ranks call it, share the reading of a `full` check, and raise or return together.
+    `iteration` is Megatron's `--ckpt-step`; without it the tracker decides. Later directories that cannot be loaded are
+    named in a warning. Raises CheckpointError with the file, what is wrong with it, and the flag that loads the newest
+    good one before it. Where torch.distributed is initialized this is collective: all ranks call it, share the reading
+    of a `full` check, and raise or return together.
     """
     team = _Team()
     chosen = iteration if iteration is not None else read_tracker(root)

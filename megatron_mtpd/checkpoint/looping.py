@@ -172,10 +172,10 @@ def make_plan(
 ) -> Plan:
     """Plan an extension of a checkpoint, and check that it is possible.
 
-    `load` is a run's directory, or that of one checkpoint. `pattern` holds the source of each new head, counted from 1; the default repeats all heads in order until
-    there are `num_heads`. `iteration` is the one to store; the default is the source's with its optimizer
-    state, and none (`release`) without. Raises ValueError naming the option, or CheckpointError naming the
-    file, before anything is written.
+    `load` is a run's directory, or that of one checkpoint. `pattern` holds the source of each new head, counted from 1;
+    the default repeats all heads in order until there are `num_heads`. `iteration` is the one to store; the default is
+    the source's with its optimizer state, and none (`release`) without. Raises ValueError naming the option, or
+    CheckpointError naming the file, before anything is written.
     """
     saved_at, directory = resolve(load, ckpt_step)
     source = read_metadata(directory)

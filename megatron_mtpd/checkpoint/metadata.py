@@ -87,9 +87,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Metadata:
-    """Contents of a checkpoint. `raw` is the stand-in of torch's object, to be changed and written by
-    `pickles.dumps`.
-    """
+    """Contents of a checkpoint; `raw` is the stand-in of torch's object, which `pickles.dumps` can write again."""
 
     directory: Path
     raw: Any = field(repr=False)
@@ -126,9 +124,7 @@ class Metadata:
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Read the `.metadata` of a checkpoint's directory. Raises CheckpointError naming the file; runs nothing
-    in it.
-    """
+    """Read a checkpoint's `.metadata`; runs nothing in it. Raises CheckpointError naming the file."""
     path = directory / METADATA
     try:
         raw = pickles.loads(path.read_bytes(), _ACCEPTED)

@@ -132,9 +132,7 @@ def dumps(value: Any) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a mark wherever a stand-in class is needed: the C pickler would insist on importing what it
-    names.
-    """
+    """Writes marks instead of stand-in classes: the C pickler would insist on importing what they name."""
 
     def __init__(self, file: io.BytesIO, base: int) -> None:
         super().__init__(file, protocol=PROTOCOL)
@@ -159,9 +157,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _name_globals(data: bytes, pickler: _Pickler, memo_size: int) -> bytes:
-    """Replace the first mark of each name by the name, kept in the memo, and all others by a look at the
-    memo.
-    """
+    """Replace the first mark of each name by the name, kept in the memo, all others by a look at the memo."""
     for (module, name), number in pickler.names.items():
         index = struct.pack("<I", memo_size + number)
         written = pickle.GLOBAL + f"{module}\n{name}\n".encode() + pickle.LONG_BINPUT + index

@@ -161,9 +161,8 @@ def _to_sources(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_live(loss_mask: Tensor, masks: Tensor) -> Tensor:
-    """bool [1 + K, s * b], by target. The main head's row is live for the heads that learn from it, too."""
-    of_heads = _to_targets(masks) > 0
-    return torch.cat([((loss_mask.flatten() > 0) | of_heads.any(0))[None], of_heads])
+    """bool [1 + K, s * b], by target: rows of which a loss counts."""
+    return torch.cat([loss_mask.flatten()[None], _to_targets(masks)]) > 0
 
 
 # Reductions over positions -----------------------------------------------------------------------------------------

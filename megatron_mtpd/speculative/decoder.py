@@ -42,11 +42,12 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 
 from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, vocab_max, vocab_offset
 from megatron_mtpd.model import MTPDModel
+from megatron_mtpd.speculative import layers
 from megatron_mtpd.speculative.attention import CachedAttention, Window
-from megatron_mtpd.speculative.layers import RotaryTable
 from megatron_mtpd.speculative.sampling import Sampling, draw, verify
 from megatron_mtpd.speculative.state import State
 
@@ -111,7 +112,7 @@ class Decoder:
         self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
         self._rotary = self._rotary_table(capacity + 1)
 
-    def _rotary_table(self, length: int) -> RotaryTable | None:
+    def _rotary_table(self, length: int) -> layers.RotaryTable | None:
         model = self.model
         if model.position_embedding_type == "none":
             return None
@@ -120,7 +121,7 @@ class Decoder:
         else:
             angles = model.rotary_pos_emb.get_emb(length)
         dtype = next(model.parameters()).dtype
-        return RotaryTable(
+        return layers.RotaryTable(
             angles, _yarn_get_concentration_factor_from_config(model.config), model.config.rotary_interleaved, dtype
         )
 
@@ -136,36 +137,42 @@ class Decoder:
             cache.window = window
         try:
             if depth == 0:
-                embedded = model.embedding(input_ids=ids, position_ids=window.positions)
-                out = model.decoder(hidden_states=embedded, attention_mask=window.mask, rotary_pos_emb=rotary)
+                hidden = layers.stack(model.decoder.layers, self._embedded(ids), window.mask, rotary)
+                out = model.decoder.final_norm(hidden)
             else:
-                out = self._depths[depth].forward_single_position(
-                    hidden_states=state.hidden_at(depth - 1, window),
-                    next_token_ids=ids,
-                    position_ids=window.positions + depth,
-                    embedding=self._head_embedding(window),
-                    attention_mask=window.mask,
-                    rotary_pos_emb=rotary,
-                )
+                embedded = self._embedded(ids)
+                if self.mask_position_0:
+                    embedded = embedded.masked_fill((window.positions.t() == 0).unsqueeze(-1), 0.0)
+                hidden = state.hidden_at(depth - 1, window)
+                out = layers.head(self._depths[depth], hidden, embedded, window.mask, rotary)
         finally:
             for attention in self._attentions[depth]:
                 attention.attach(None)
         state.store_hidden(depth, window, out)
         return out
 
-    def _head_embedding(self, window: Window):
-        if not self.mask_position_0:
-            return self.model.embedding
-        at_0 = (window.positions.t() == 0).unsqueeze(-1)
-        return lambda **inputs: self.model.embedding(**inputs).masked_fill(at_0, 0.0)
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Embeddings of [b, s] tokens, [s, b, h]."""
+        config = self.model.config
+        if self.tp_group is not None or config.use_mup or config.fp32_residual_connection:
+            return self.model.embedding(input_ids=ids, position_ids=ids)  # rotary models look at no positions here
+        return embedding(ids.t(), self.model.embedding.word_embeddings.weight)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> fp32 [s, b, V / tp], padding of the vocabulary at -inf."""
-        logits = self.model.logits(hidden).float()
+        shared = self.model.share_embeddings_and_output_weights
+        weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
+        logits = self.model._scale_logits(linear(hidden, weight)).float()
         padding = self.vocab_size - vocab_offset(logits, self.tp_group)
         if padding < logits.shape[-1]:
             logits[..., max(padding, 0) :] = float("-inf")
         return logits
+
+    def _argmax(self, logits: Tensor) -> Tensor:
+        """The lowest id among the largest logits, [..., V / tp] -> [...]."""
+        if self.tp_group is None and not logits.is_cuda:  # there torch.argmax takes the first, in one pass
+            return logits.argmax(-1)
+        return vocab_argmax(logits, self.tp_group)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """[..., V / tp] -> [..., V] of the whole vocabulary, on every rank."""
@@ -199,7 +206,7 @@ class Decoder:
         rows = torch.arange(len(prompts), device=self.device)
         logits = self._logits(hidden[lengths.to(self.device) - 1, rows].unsqueeze(0))[0]
         if self.sampling.greedy:
-            chosen = vocab_argmax(logits, self.tp_group)
+            chosen = self._argmax(logits)
         else:
             assert uniform is not None, "sampling needs random numbers"
             chosen = self._agree(draw(self._probabilities(logits), uniform.to(self.device)))
@@ -248,7 +255,7 @@ class Decoder:
                 offered.append(self._probabilities(logits))
                 draft = self._agree(draw(offered[-1], uniform[:, k - 1]))
             else:
-                draft = vocab_argmax(logits, self.tp_group)
+                draft = self._argmax(logits)
             if self.min_confidence:
                 drafting &= self._confident(logits)
             num_drafted += drafting
@@ -273,7 +280,7 @@ class Decoder:
         hidden = self._run(0, state.window(slots, lengths - 1, lengths + size))
         logits = self._logits(hidden).transpose(0, 1)
         if self.sampling.greedy:
-            tokens = vocab_argmax(logits, self.tp_group)
+            tokens = self._argmax(logits)
             counts = torch.arange(size, device=self.device) < num_drafted.unsqueeze(1)
             num_accepted = ((tokens[:, :size] == drafts) & counts).long().cumprod(1).sum(1)
         else:

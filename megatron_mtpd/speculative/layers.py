@@ -10,6 +10,7 @@ Deliberately absent: dropout, gradients, and the options that `refuse` names. Ex
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -41,7 +43,7 @@ def refuse(config: TransformerConfig) -> None:
 class Rotary:
     """Rotary embedding of the positions of a pass: `x * cos + x[..., swapped] * sin`, over the first d_rot channels.
 
-    cos, sin: [s, b, 1, d_rot] in the model's dtype, the sign of the rotation and yarn's scale in them.
+    cos, sin: [s, b, d_rot] in the model's dtype, the sign of the rotation and yarn's scale in them.
     swapped: int64 [d_rot], the other channel of each pair.
     """
 
@@ -50,10 +52,12 @@ class Rotary:
     swapped: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """[s, b, heads, d] -> the same, rotated."""
+        """[s, b, ..., d] -> the same, rotated."""
         size = self.swapped.numel()
+        shape = (*self.cos.shape[:2], *[1] * (x.dim() - 3), size)
         turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-        out = torch.addcmul(turned * self.cos, turned.index_select(-1, self.swapped), self.sin)
+        cos, sin = self.cos.view(shape), self.sin.view(shape)
+        out = torch.addcmul(turned * cos, turned.index_select(-1, self.swapped), sin)
         return out if rest is None else torch.cat([out, rest], -1)
 
 
@@ -69,13 +73,31 @@ class RotaryTable:
         first = channels % 2 == 0 if interleaved else channels < size // 2
         step = 1 if interleaved else size // 2
         self.swapped = torch.where(first, channels + step, channels - step)
-        self.cos = (angles[:, 0].cos() * scale).to(dtype)
-        self.sin = (angles[:, 0].sin() * scale * torch.where(first, -1.0, 1.0)).to(dtype)
+        self.cos = (angles[:, 0, 0].cos() * scale).to(dtype)
+        self.sin = (angles[:, 0, 0].sin() * scale * torch.where(first, -1.0, 1.0)).to(dtype)
 
     def at(self, positions: Tensor) -> Rotary:
         """Of a window's positions, int64 [b, s]."""
         index = positions.t()
         return Rotary(self.cos[index], self.sin[index], self.swapped)
+
+
+def stack(layers: Iterable[torch.nn.Module], hidden: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+    """[s, b, h] through the layers of a HybridStack, without its last norm."""
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=mask, rotary_pos_emb=rotary)
+        if isinstance(hidden, tuple):
+            hidden = hidden[0]
+    return hidden
+
+
+def head(layer: Any, hidden: Tensor, embedded: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+    """A head, a MultiTokenPredictionLayer: hidden states of the depth before and the tokens' embeddings, both
+    [s, b, h], to its own hidden states after its final norm."""
+    both, _ = layer.eh_proj(torch.cat([layer.enorm(embedded), layer.hnorm(hidden)], -1))
+    if layer.tp_group is not None and layer.tp_group.size() > 1:
+        both = gather_from_tensor_model_parallel_region(both, group=layer.tp_group)
+    return layer.final_layernorm(stack(layer.mtp_model_layer.layers, both, mask, rotary))
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -106,11 +128,28 @@ class DecodingAttention(SelfAttention):
         """[s, b, h] -> [s, b, h] and a bias to be added, or None."""
         if self.core_attention.cache is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
         rotary: Rotary | None = kwargs.get("rotary_pos_emb")
-        if rotary is not None:
-            query, key = rotary.apply(query), rotary.apply(key)
+        if self._together and rotary is not None:
+            query, key, value = self._rotated_together(hidden_states, rotary)
+        else:
+            query, key, value = self.get_query_key_value_tensors(hidden_states)
+            if rotary is not None:
+                query, key = rotary.apply(query), rotary.apply(key)
         return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+
+    @property
+    def _together(self) -> bool:
+        """Whether queries and keys need nothing but rotation, so that one pass over both does."""
+        normed = self.q_layernorm is not None or self.k_layernorm is not None
+        return not normed and self.num_query_groups_per_partition * self.world_size == self.config.num_query_groups
+
+    def _rotated_together(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> queries [s, b, heads, d], keys and values [s, b, groups, d]. A group lies as q .. q k v."""
+        mixed, bias = self.linear_qkv(hidden_states)
+        s, b, groups = *mixed.shape[:2], self.num_query_groups_per_partition
+        mixed = (mixed if bias is None else mixed + bias).view(s, b, groups, -1, self.hidden_size_per_attention_head)
+        rotated = rotary.apply(mixed[..., :-1, :])
+        return rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :], mixed[..., -1, :]
 
 
 def _add(residual: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -1,9 +1,9 @@
 """How fast decoding is: against transformers' `generate`, and against what its own passes allow.
 
 Two questions, measured side by side in turns, so that a busy machine disturbs both alike; the best turn of each counts.
-Is plain decoding as fast as transformers' `generate` on a Llama of the same size (random weights: they do not change the
-time)? And how much of a speculative step is spent outside the model: the bound of its speedup is the tokens of a step
-over the cost of its passes relative to those of a plain step.
+Is plain decoding as fast as transformers' `generate` on a Llama of the same size (random weights: they do not change
+the time)? And how much of a speculative step is spent outside the model: the bound of its speedup is the tokens of a
+step over the cost of its passes relative to those of a plain step.
 
 Deliberately absent: prompts and acceptance of real text; `benchmark` has them.
 """
@@ -151,8 +151,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         speeds = [row[f"tokens_per_second_{name}"] for name in ("transformers", "plain", "speculative")]
         lines.append(
-            f"{row['batch_size']:>5} {row['num_heads']:>5} | {speeds[0]:>22,.0f} {speeds[1]:>6,.0f} {speeds[2]:>12,.0f} |"
-            f" {row['plain_over_transformers']:>20.2f} | {row['speedup']:>7.2f} {row['bound']:>6.2f}"
+            f"{row['batch_size']:>5} {row['num_heads']:>5} "
+            f"| {speeds[0]:>22,.0f} {speeds[1]:>6,.0f} {speeds[2]:>12,.0f} "
+            f"| {row['plain_over_transformers']:>20.2f} | {row['speedup']:>7.2f} {row['bound']:>6.2f}"
             f" {row['speedup_over_bound']:>6.0%}"
         )
     return "\n".join(lines)

@@ -142,14 +142,25 @@ def _fork_ranks(function: Callable, args: tuple, kwargs: dict, ranks: int, timeo
                         error, results[rank] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
                     except EOFError:
                         processes[rank].join()
-                        return f"rank {rank} of {ranks} died, exit code {processes[rank].exitcode}.", None
+                        return _deaths(processes), None
                     if error:
-                        return f"rank {rank} of {ranks} raised:\n{error}", None
+                        return f"{_deaths(processes)}rank {rank} of {ranks} raised:\n{error}", None
             return "", results
         finally:
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def _deaths(processes: list[BaseProcess]) -> str:
+    """Of ranks that ended, where each should wait to be killed: the cause of what the other ranks raise."""
+    deaths = ""
+    ended = wait([process.sentinel for process in processes], 0.5)
+    for rank, process in enumerate(processes):
+        if process.sentinel in ended:
+            process.join()
+            deaths += f"rank {rank} of {len(processes)} died, exit code {process.exitcode}.\n"
+    return deaths
 
 
 def _stack(folder: str, rank: int, process: BaseProcess) -> str:

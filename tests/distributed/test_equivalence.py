@@ -60,6 +60,11 @@ TOYS = {
     "unequal-shares-recompute": Toy(mtpd=UNEQUAL_SHARES, recompute="full"),
     "clip-apart": Toy(optimizer_steps=2, clip=0.5),
     "clip-together": Toy(optimizer_steps=2, clip=0.5, mtpd=MTPDConfig(**TOP, clip_apart=False)),
+    "heads-only": Toy(optimizer_steps=2, clip=0.5, mtpd=MTPDConfig(**TOP, train="heads")),
+    "new-heads": Toy(optimizer_steps=2, clip=0.5, mtpd=MTPDConfig(**TOP, train="new-heads", old_heads=1)),
+    "biases": Toy(options={"normalization": "LayerNorm", "add_bias_linear": True, "qk_layernorm": True}),
+    "repeated-layer": Toy(options={"mtp_use_repeated_layer": True}),
+    "mup": Toy(options={"use_mup": True, "mup_base_hidden_size": 16}),
 }
 
 

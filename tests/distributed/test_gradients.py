@@ -78,6 +78,14 @@ def test_shares_are_linear_and_independent(tied, loss):
     check_tensors(mixed, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"), [({"train": "heads"}, "mtp."), ({"train": "new-heads", "old_heads": 1}, "mtp.layers.1.")]
+)
+def test_what_is_frozen_has_no_gradient_and_the_rest_keeps_its_own(options, kept, loss):
+    found, whole = gradients(loss=loss, **options), gradients(loss=loss)
+    check_tensors(found, {name: value for name, value in whole.items() if name.startswith(kept)}, TOLERANCE)
+
+
 @pytest.mark.parametrize(("silent", "weight"), [("ce", "alpha"), ("kd", "beta")])
 def test_the_shares_of_a_loss_without_weight_do_nothing(silent, weight):
     off = {f"{silent}_{way}_share": 0.0 for way in ("trunk", "embedding", "output")}

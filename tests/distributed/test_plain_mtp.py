@@ -29,6 +29,8 @@ TOYS = {
     "tied": Toy(mtpd=DEFAULT, micro_batch_size=4, tied=True),
     "experts": Toy(mtpd=DEFAULT, micro_batch_size=4, experts=4),
     "recompute": Toy(mtpd=DEFAULT, micro_batch_size=4, recompute="full"),
+    "repeated-layer": Toy(mtpd=DEFAULT, micro_batch_size=4, options={"mtp_use_repeated_layer": True}),
+    "mup": Toy(mtpd=DEFAULT, micro_batch_size=4, options={"use_mup": True, "mup_base_hidden_size": 16}),
 }
 # Cross-entropy is computed in another order of operations: rounding of fp32 once, then the same backward pass.
 # Measured: 5e-7 of a tensor's largest entry, and 2e-7 of the losses.
@@ -61,7 +63,7 @@ def test_over_micro_batches_and_ranks():
 
 def test_all_shares_0_are_detached_heads():
     """Megatron's --mtp-detach-heads is the case of all shares 0."""
-    expected = train(Layout(), Toy(micro_batch_size=4, megatron=True, detach_heads=True))
+    expected = train(Layout(), Toy(micro_batch_size=4, megatron=True, options={"mtp_detach_heads": True}))
     check_same(train(Layout(), Toy(mtpd=ALL_CUT, micro_batch_size=4)), expected)
 
 

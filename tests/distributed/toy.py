@@ -61,7 +61,6 @@ class Toy:
     optimizer_steps: int = 0  # 0: stop at the gradients
     clip: float = 0.0
     megatron: bool = False  # Megatron's own model and MTP loss, forward step of its own
-    detach_heads: bool = False  # Megatron's flag
     options: dict[str, Any] = field(default_factory=dict)  # other fields of TransformerConfig
     nudge: float = 0.0  # move the heads' weights so far along a fixed direction
 
@@ -85,37 +84,37 @@ def model_config(layout: Layout, toy: Toy) -> HybridModelConfig:
     block = "*E" if toy.experts else "*-"
     pattern = "|".join(block * n for n in layout.stages) + ("/" + block) * HEADS
     dtype = torch.bfloat16 if toy.bf16 else torch.float32
-    transformer = TransformerConfig(
-        num_layers=len(block) * sum(layout.stages),
-        mtp_num_layers=HEADS,
-        mtp_loss_scaling_factor=0.3,
-        mtp_detach_heads=toy.detach_heads,
-        hidden_size=32,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
-        num_query_groups=2,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        bf16=toy.bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=len(layout.stages),
-        expert_model_parallel_size=layout.ep,
-        sequence_parallel=layout.sequence_parallel,
-        calculate_per_token_loss=toy.per_token,
-        **_RECOMPUTE[toy.recompute],
-        **(_EXPERTS | {"num_moe_experts": toy.experts} if toy.experts else {}),
-    )
+    options: dict[str, Any] = {
+        "num_layers": len(block) * sum(layout.stages),
+        "mtp_num_layers": HEADS,
+        "mtp_loss_scaling_factor": 0.3,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "transformer_impl": "local",
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "bf16": toy.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": len(layout.stages),
+        "expert_model_parallel_size": layout.ep,
+        "sequence_parallel": layout.sequence_parallel,
+        "calculate_per_token_loss": toy.per_token,
+    }
+    if toy.experts:
+        options |= _EXPERTS | {"num_moe_experts": toy.experts}
+    transformer = TransformerConfig(**options | _RECOMPUTE[toy.recompute] | toy.options)
     shared: dict[str, Any] = {
         "transformer": transformer,
         "hybrid_layer_pattern": pattern,

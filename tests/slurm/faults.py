@@ -49,6 +49,8 @@ def pause():
 
 
 if __name__ == "__main__":
+    from megatron_mtpd.training import pretrain
+
     what, rank, iteration = os.environ["FAULT"].split(":")
     if what.endswith("!") or "SLURM_RESTART_COUNT" not in os.environ:
         what = what.removesuffix("!")

@@ -45,7 +45,7 @@ def start_the_long_ones(request: pytest.FixtureRequest) -> None:
             request.getfixturevalue(name)
 
 
-ON_ONE_NODE = ("--nodelist=node12", "--oversubscribe", "--mem=1G", "--gpus-per-node=2")
+ON_ONE_NODE = ("--nodelist=node12", "--oversubscribe", "--mem=1G", "--gpus-per-node=2", "--ntasks-per-node=2")
 
 
 @pytest.fixture(scope="session")
