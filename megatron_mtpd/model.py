@@ -68,8 +68,8 @@ class MTPDModel(HybridModel):
             self.betas = self.mtpd.betas(num_heads)
         if self.mtpd.loss == "fused" and self.pg_collection.cp is not None and self.pg_collection.cp.size() > 1:
             raise ValueError(
-                f"--mtpd-loss fused does not work with --context-parallel-size {self.pg_collection.cp.size()}: the source "
-                "and the target of a head may lie on different ranks. Use --mtpd-loss eager."
+                f"--mtpd-loss fused does not work with --context-parallel-size {self.pg_collection.cp.size()}: the "
+                "source and the target of a head may lie on different ranks. Use --mtpd-loss eager."
             )
         if self.mtpd.heads_pass_twice and "E" in (self.mtp_pattern or ""):
             raise ValueError(

@@ -334,7 +334,7 @@ _EVERYWHERE = (
     Patch(
         "megatron.training.training",
         "load_checkpoint",
-        lambda original: _checkpoint_seam().loads_checked(original, _get_args, lambda args: getattr(args, "verify_checkpoint", True)),
+        lambda original: _checkpoint_seam().loads_checked(original, _get_args, _verifies),
         "a damaged checkpoint is named, and the last good one offered, before anything is read",
         ("ddp_model", "load_arg"),
     ),
@@ -471,6 +471,10 @@ def set_tensorboard_writer(writer: Any) -> None:
 
 def _checkpoint_seam() -> Any:
     return importlib.import_module("megatron_mtpd.checkpoint.seam")
+
+
+def _verifies(args: Any) -> bool:
+    return getattr(args, "verify_checkpoint", True)  # absent where Megatron's arguments were parsed without ours
 
 
 def _get_args() -> Any:

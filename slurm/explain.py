@@ -90,7 +90,7 @@ def _where_they_were(ranks: dict[int, Rank], node: dict[int, str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("log", type=Path, help="what `srun --label` wrote")
     parser.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="[%(default)s]")
     parser.add_argument(

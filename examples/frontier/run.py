@@ -123,9 +123,7 @@ def by_head(runs: list[dict], metric: str) -> list[float]:
 def table(rows: list[dict]) -> str:
     """The rows as text; * marks the frontier."""
     heads = len(rows[0]["overlap"])
-    lines = [
-        f"{'variant':30}{'main loss':>10}{'change':>16}  {'tokens/step':>11}  CAR_1..CAR_{heads} (%), overlap"
-    ]
+    lines = [f"{'variant':30}{'main loss':>10}{'change':>16}  {'tokens/step':>11}  CAR_1..CAR_{heads} (%), overlap"]
     for row in sorted(rows, key=lambda row: row["main_loss_change_percent"]):
         error = row["main_loss_change_error"]
         change = f"{row['main_loss_change_percent']:+.2f}" + (f" ± {error:.2f}" if error is not None else "") + " %"

@@ -57,9 +57,7 @@ def train_valid_test_datasets_provider(
         return ends or _masks_every_stage(args)
 
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(
-        dataset_class, num_samples, is_built_on_rank, dataset_config(args)
-    ).build()
+    return BlendedMegatronDatasetBuilder(dataset_class, num_samples, is_built_on_rank, dataset_config(args)).build()
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron
@@ -70,9 +68,7 @@ def _masks_every_stage(args: Namespace) -> bool:
     return args.reset_attention_mask and args.create_attention_mask_in_dataloader
 
 
-def get_batch(
-    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
-) -> dict[str, Any]:
+def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None) -> dict[str, Any]:
     """This rank's part of the next micro-batch: the entries of `BATCH_KEYS`, [b, s], or None where not needed here.
 
     The first tensor-parallel rank reads and broadcasts; under context parallelism each rank keeps its part of the
@@ -104,16 +100,12 @@ def get_batch(
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=mtp_on_this_rank(
-            mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-        ),
+        mtp_on_this_rank=mtp_on_this_rank(mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def _broadcast_mask(mask: Tensor | None, args: Namespace) -> Tensor:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +120,7 @@ def measure(rank: int, local_rank: int, shared: Path) -> Report:
     elif torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(local_rank)
         report.versions["cuda"] = str(torch.version.cuda)
-        report.versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        report.versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore
         name = torch.cuda.get_device_name(local_rank)
         report = replace(report, gpu=name, gpu_memory=(free / 1e9, total / 1e9))
     try:
@@ -151,7 +152,7 @@ def bandwidth(local_rank: int, size: int, rounds: int = 5) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check all nodes and exit, 1 when one is not fit. Every rank calls it."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=(__doc__ or "").split("\n")[0],
         epilog="example: torchrun --nproc-per-node 8 tools/preflight.py --shared /shared/runs/dense-2b",
     )
     parser.add_argument("--shared", type=Path, required=True, metavar="DIR", help="folder that all nodes must share")
@@ -218,7 +219,7 @@ def _unseen(shared: Path, ranks: int) -> tuple[int, ...]:
 
 
 def _report(text: bytes) -> Report:
-    values = json.loads(text)
+    values: dict[str, Any] = json.loads(text)
     return Report(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

@@ -77,7 +77,8 @@ _done: dict[str, Step] = {}
 
 
 def train(layout: Layout, toy: Toy) -> Step:
-    """Train on as many ranks as the layout has, and put together what they know. Done once: leave the result as it is."""
+    """Train on as many ranks as the layout has, and put together what they know. Done once: leave the result as it
+    is."""
     key = repr((layout, toy))
     if key not in _done:
         _done[key] = _train(layout, toy)

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = [
     *("--num-layers", "1", "--mtp-num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"),
     *("--seq-length", "16", "--max-position-embeddings", "16", "--mock-data", "--tokenizer-type", "NullTokenizer"),
-    *("--vocab-size", "63", "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--num-workers", "0"),
+    *("--vocab-size", "63", "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3"),
     *("--eval-iters", "0", "--eval-interval", "100000", "--log-interval", "1", "--train-iters", "5000"),
-    *("--no-create-attention-mask-in-dataloader", "--save-interval", "100000"),
+    *("--no-create-attention-mask-in-dataloader", "--num-workers", "0", "--save-interval", "100000"),
 ]
 
 pytestmark = pytest.mark.e2e

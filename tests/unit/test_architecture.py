@@ -26,9 +26,7 @@ class May(NamedTuple):
 RULES = {
     "": May("", ""),  # megatron_mtpd/__init__.py
     "config": May("", ""),
-    "checkpoint": May(
-        "config", "torch numpy megatron.core.dist_checkpointing safetensors transformers gguf tqdm"
-    ),
+    "checkpoint": May("config", "torch numpy megatron.core.dist_checkpointing safetensors transformers gguf tqdm"),
     "platform": May("checkpoint", "torch megatron.core megatron.training psutil"),
     "provenance": May("", "torch"),
     "losses.vocab_parallel": May("", "torch"),
@@ -159,11 +157,7 @@ def test_the_arrows_of_the_table_go_one_way() -> None:
 def test_only_the_platform_room_patches() -> None:
     package = [path for path, module in package_files() if module != ONLY_PATCHER]
     commands = [path for folder in ("tools", "examples", "slurm") for path in (ROOT / folder).rglob("*.py")]
-    found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path in [*package, *commands]
-        for line in patches(path.read_text())
-    ]
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in [*package, *commands] for line in patches(path.read_text())]
     assert not found, "\n".join(found)
 
 

@@ -117,9 +117,7 @@ def test_an_empty_machine_gets_the_advice_too(bare: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("body", "reason"), [(OLD, "it is Python 3.11.7"), (SHIM, "command not found")])
-def test_an_explicit_choice_is_never_passed_over(
-    bare: dict[str, str], tmp_path: Path, body: str, reason: str
-) -> None:
+def test_an_explicit_choice_is_never_passed_over(bare: dict[str, str], tmp_path: Path, body: str, reason: str) -> None:
     chosen = program(tmp_path / "chosen", body)
     good = program(tmp_path / "bin" / "python3.12", claims("3.12")).parent
     result = find_python(bare, good, PYTHON=str(chosen))

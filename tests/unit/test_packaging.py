@@ -82,9 +82,7 @@ def test_find_python_takes_the_versions_that_the_package_declares() -> None:
     assert classifiers == [f"3.{minor}" for minor in re.findall(r"\(3, (\d+)\)", script)]
 
 
-@pytest.mark.parametrize(
-    "target", ["help", "env", "quickstart", "test", "lint", "format", "typecheck", "clean"]
-)
+@pytest.mark.parametrize("target", ["help", "env", "quickstart", "test", "lint", "format", "typecheck", "clean"])
 def test_makefile_has_the_target_and_lists_it(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
     listed = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
