@@ -93,9 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("log", type=Path, help="what `srun --label` wrote")
     parser.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="[%(default)s]")
-    parser.add_argument(
-        "--nodes", type=lambda text: text.split(","), default=[], metavar="A,B", help="in order of ranks"
-    )
+    parser.add_argument("--nodes", default="", metavar="A,B", help="their names, in the order of the ranks")
     options = parser.parse_args()
     with open(options.log, errors="replace") as file:
         ranks = read(file)

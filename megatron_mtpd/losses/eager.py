@@ -53,8 +53,7 @@ def mtpd_loss(
     Args:
         main_logits: [s, b, V / tp], any float dtype.
         ce_logits, kd_logits: of each head, [s, b, V / tp]: equal in value; two lists so that a caller can let the
-        gradients
-            of cross-entropy and of distillation go different ways. Usually the same tensors.
+            gradients of cross-entropy and of distillation go different ways. Usually the same list.
         labels: int64 [s, b], the main head's: token j + 1 at position j.
         loss_mask: [s, b] of 0 and 1.
         masks: [K, s, b] of 0 and 1, from `alignment.head_masks`.

@@ -25,7 +25,7 @@ from megatron_mtpd.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mtpd.speculative import loading, report
 from megatron_mtpd.speculative.prompts import Prompt, read_prompts
 from megatron_mtpd.speculative.results import Results, Run
-from megatron_mtpd.speculative.worker import TEACHER_FORCED, NumberTokenizer, Options, Worker
+from megatron_mtpd.speculative.worker import TEACHER_FORCED, NumberTokenizer, Options, Worker, max_prompt_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _settings(options: Options, loaded: loading.Loaded, prompts: list[Prompt]) -
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
-        "max_prompt_tokens": options.max_prompt_tokens,
+        "max_prompt_tokens": max_prompt_tokens(options, loaded),
         "dtype": str(loaded.args.params_dtype).removeprefix("torch."),
         **asdict(options.sampling),
         "min_confidence": options.min_confidence,

@@ -84,6 +84,17 @@ class NumberTokenizer:
         return {}
 
 
+def max_prompt_tokens(options: Options, loaded: loading.Loaded) -> int:
+    """How long a prompt may be. Raises ValueError when nothing is left for it."""
+    room = loaded.args.max_position_embeddings - options.max_new_tokens
+    if options.max_prompt_tokens is None and room < 1:
+        raise ValueError(
+            f"--max-new-tokens {options.max_new_tokens} leaves no room for prompts in the training's "
+            f"{loaded.args.max_position_embeddings} tokens: give less, or set --max-prompt-tokens."
+        )
+    return options.max_prompt_tokens or room
+
+
 class Worker:
     """One replica's work. All ranks of a tensor-parallel group do the same; the first of them writes."""
 
@@ -100,15 +111,8 @@ class Worker:
         self.writes = parallel_state.get_tensor_model_parallel_rank() == 0
         self.replica = parallel_state.get_data_parallel_rank()
         self.replicas = parallel_state.get_data_parallel_world_size()
-        longest = loaded.args.max_position_embeddings - options.max_new_tokens
-        self.max_prompt_tokens = options.max_prompt_tokens or longest
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"--max-new-tokens {options.max_new_tokens} leaves no room for prompts in the training's "
-                f"{loaded.args.max_position_embeddings} tokens: give less, or set --max-prompt-tokens."
-            )
-        # All ranks see the same files here, before any of them writes; the list must not change while ranks deal from
-        # it.
+        self.max_prompt_tokens = max_prompt_tokens(options, loaded)
+        # All ranks read before any of them writes: they have to deal from the same list.
         self.done = results.done()
         dist.barrier()
 

@@ -45,6 +45,7 @@ def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     parser.set_defaults(
         position_embedding_type="rope",  # Megatron's heads work with no other
+        eval_interval=1000,
         exit_signal_handler=True,  # SIGTERM saves and exits
         dist_ckpt_optim_fully_reshardable=True,  # optimizer states load at any tensor and pipeline size too
         log_throughput=True,
@@ -82,10 +83,26 @@ def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
         "--hybrid-context-parallel": args.hybrid_context_parallel,
         "--fp16-lm-cross-entropy": args.fp16_lm_cross_entropy,
         "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--use-torch-fsdp2": args.use_torch_fsdp2,
     }
     for name, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"{name} is not supported with MTP-D heads: remove it.")
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        raise ValueError(
+            "--reset-attention-mask does nothing with --no-create-attention-mask-in-dataloader: remove one of them."
+        )
+    if config.heads_pass_twice and (args.hidden_dropout or args.attention_dropout):
+        raise ValueError(
+            f"--hidden-dropout {args.hidden_dropout} and --attention-dropout {args.attention_dropout}: trunk and embedding "
+            "shares that differ between cross-entropy and distillation take two passes of the heads, which would drop "
+            "different units. Set both to 0, or the shares alike."
+        )
+    if args.eval_micro_batch_size not in (None, args.micro_batch_size):
+        raise ValueError(
+            f"--eval-micro-batch-size {args.eval_micro_batch_size} must be --micro-batch-size {args.micro_batch_size}."
+        )
     if args.recompute_granularity == "full" and args.recompute_method == "block":
         raise ValueError(
             "--recompute-method block would leave the MTP heads without recomputation (megatron-core 0.19 skips them): "

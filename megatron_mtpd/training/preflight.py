@@ -220,7 +220,8 @@ def _unseen(shared: Path, ranks: int) -> tuple[int, ...]:
 
 def _report(text: bytes) -> Report:
     values: dict[str, Any] = json.loads(text)
-    return Report(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return Report(**{**values, **tuples})
 
 
 def _say(reports: Sequence[Report], ranks: int, problems: Sequence[str]) -> None:

@@ -210,7 +210,7 @@ def _set_globals(layout: Layout, toy: Toy) -> None:
     global_vars._set_timers(args)
 
 
-def _slices(model: torch.nn.Module, value_of: Callable[[Tensor], Tensor], trained: bool = False) -> list[Slice]:
+def _slices(model: Any, value_of: Callable[[Any], Tensor], trained: bool = False) -> list[Slice]:
     """A value of every parameter, or every trained one, of its shape, after the checkpoint's own map."""
     parameters = {p.data_ptr(): p for p in model.parameters() if p.requires_grad or not trained}
     found: list[Slice] = []

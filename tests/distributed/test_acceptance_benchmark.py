@@ -168,6 +168,12 @@ def test_results_of_other_settings_are_not_mixed(folder, tmp_path):
     assert "--num-heads 9" in message
 
 
+def test_a_refused_command_writes_nothing(folder, tmp_path):
+    (message,) = run(refused, 1, options(folder, tmp_path / "new", max_new_tokens=64))
+    assert "--max-new-tokens 64 leaves no room" in message
+    assert not (tmp_path / "new").exists()
+
+
 def test_sampled_runs_do_not_depend_on_the_layout(folder, tmp_path):
     sampling = Sampling(temperature=1.0, sampled_drafts=True)
     one = run(measure, 1, options(folder, tmp_path / "one", sampling=sampling))[0]

@@ -5,6 +5,7 @@ who computes what differs. A layout may add the same numbers in another order, a
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -36,9 +37,8 @@ LAYOUTS = {
     "tp2-dp2": Layout(tp=2, dp=2),
     "tp2-sp-dp2-sharded": Layout(tp=2, sequence_parallel=True, dp=2, distributed_optimizer=True),
 }
-TOP = {"top_n": 10}
-UNEQUAL_SHARES = MTPDConfig(
-    **TOP,
+top10 = partial(MTPDConfig, top_n=10)
+UNEQUAL_SHARES = top10(
     ce_embedding_share=0.75,
     ce_output_share=0.5,
     kd_trunk_share=0.0,
@@ -59,9 +59,9 @@ TOYS = {
     "unequal-shares-tied": Toy(mtpd=UNEQUAL_SHARES, tied=True),
     "unequal-shares-recompute": Toy(mtpd=UNEQUAL_SHARES, recompute="full"),
     "clip-apart": Toy(optimizer_steps=2, clip=0.5),
-    "clip-together": Toy(optimizer_steps=2, clip=0.5, mtpd=MTPDConfig(**TOP, clip_apart=False)),
-    "heads-only": Toy(optimizer_steps=2, clip=0.5, mtpd=MTPDConfig(**TOP, train="heads")),
-    "new-heads": Toy(optimizer_steps=2, clip=0.5, mtpd=MTPDConfig(**TOP, train="new-heads", old_heads=1)),
+    "clip-together": Toy(optimizer_steps=2, clip=0.5, mtpd=top10(clip_apart=False)),
+    "heads-only": Toy(optimizer_steps=2, clip=0.5, mtpd=top10(train="heads")),
+    "new-heads": Toy(optimizer_steps=2, clip=0.5, mtpd=top10(train="new-heads", old_heads=1)),
     "biases": Toy(options={"normalization": "LayerNorm", "add_bias_linear": True, "qk_layernorm": True}),
     "repeated-layer": Toy(options={"mtp_use_repeated_layer": True}),
     "mup": Toy(options={"use_mup": True, "mup_base_hidden_size": 16}),

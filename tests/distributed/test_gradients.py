@@ -5,21 +5,20 @@ All on one rank, by the same step as the layouts.
 
 import itertools
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from megatron_mtpd.config import SHARES, LossImplementation, MTPDConfig
+from megatron_mtpd.config import SHARES, LossImplementation
 from tests.distributed.layouts import ADAM_EPS, LEARNING_RATE, train
-from tests.distributed.test_equivalence import check_tensors, difference
+from tests.distributed.test_equivalence import check_tensors, difference, top10
 from tests.distributed.toy import HEADS, Layout, Toy, initial_weight
 
 pytestmark = pytest.mark.distributed
 
 ONE = Layout()
-TOP = {"top_n": 10}
-CUT = dict.fromkeys(SHARES, 0.0)
+CUT: dict[str, Any] = dict.fromkeys(SHARES, 0.0)
 # Sums of gradients of several runs against one: a few roundings of fp32, relative to a tensor's largest entry.
 TOLERANCE = 1e-5
 
@@ -29,8 +28,8 @@ def loss(request):
     return request.param
 
 
-def gradients(toy=Toy(), **mtpd):  # noqa: B008  # frozen
-    return train(ONE, replace(toy, mtpd=MTPDConfig(**TOP, **mtpd))).gradients
+def gradients(toy: Toy = Toy(), **mtpd: Any):  # noqa: B008  # frozen
+    return train(ONE, replace(toy, mtpd=top10(**mtpd))).gradients
 
 
 def of_heads(tensors):
@@ -57,7 +56,7 @@ def test_all_shares_0_leave_the_main_model_alone(tied, loss):
 
 def test_each_share_opens_one_way(loss):
     cut = gradients(loss=loss, **CUT)
-    reached = {share: changed(gradients(loss=loss, **CUT | {share: 1.0}), cut) for share in SHARES}
+    reached = {share: changed(gradients(Toy(), loss=loss, **CUT | {share: 1.0}), cut) for share in SHARES}
     for loss in ("ce", "kd"):
         assert reached[f"{loss}_embedding_share"] == {"embedding.word_embeddings.weight"}
         assert reached[f"{loss}_output_share"] == {"output_layer.weight"}
@@ -69,7 +68,7 @@ def test_each_share_opens_one_way(loss):
 def test_shares_are_linear_and_independent(tied, loss):
     """g(shares) = g(0) + sum_i share_i (g(e_i) - g(0)): each way carries its share of its own gradient."""
     toy = Toy(tied=tied)
-    shares = dict(zip(SHARES, (0.25, 1.0, 0.5, 0.75, 0.0, 0.125), strict=True))
+    shares: dict[str, Any] = dict(zip(SHARES, (0.25, 1.0, 0.5, 0.75, 0.0, 0.125), strict=True))
     cut, mixed = gradients(toy, loss=loss, **CUT), gradients(toy, loss=loss, **shares)
     expected = {name: value.clone() for name, value in cut.items()}
     for share, size in shares.items():
@@ -88,17 +87,17 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_keeps_its_own(options, kept
 
 @pytest.mark.parametrize(("silent", "weight"), [("ce", "alpha"), ("kd", "beta")])
 def test_the_shares_of_a_loss_without_weight_do_nothing(silent, weight):
-    off = {f"{silent}_{way}_share": 0.0 for way in ("trunk", "embedding", "output")}
-    check_tensors(gradients(**{weight: [0.0]}, **off), gradients(**{weight: [0.0]}), TOLERANCE)
+    off: dict[str, Any] = {f"{silent}_{way}_share": 0.0 for way in ("trunk", "embedding", "output")}
+    check_tensors(gradients(Toy(), **{weight: [0.0]}, **off), gradients(Toy(), **{weight: [0.0]}), TOLERANCE)
 
 
 def test_weights_are_per_head_and_linear(loss):
     """g = g_main + sum_k alpha_k g(CE_k) + beta_k g(D_k)."""
     nothing = gradients(loss=loss, alpha=[0.0], beta=[0.0])
-    weights = {"alpha": [0.5, 2.0], "beta": [1.5, 0.25]}
+    weights: dict[str, Any] = {"alpha": [0.5, 2.0], "beta": [1.5, 0.25]}
     expected = {name: value.clone() for name, value in nothing.items()}
     for kind, head in itertools.product(weights, range(HEADS)):
-        unit = {"alpha": [0.0], "beta": [0.0]} | {kind: [float(k == head) for k in range(HEADS)]}
+        unit: dict[str, Any] = {"alpha": [0.0], "beta": [0.0]} | {kind: [float(k == head) for k in range(HEADS)]}
         for name, value in gradients(loss=loss, **unit).items():
             expected[name] += weights[kind][head] * (value - nothing[name])
     check_tensors(gradients(loss=loss, **weights), expected, TOLERANCE)
@@ -111,7 +110,7 @@ def test_the_gradient_is_the_slope_of_the_reported_loss(objective, loss):
     The step balances two errors: kinks of the objective and its third derivative, and losses of 10 with 7 digits.
     Measured at 3e-4: below 1e-4; at 1e-3 and at 3e-5: 1e-3 and more.
     """
-    mtpd = MTPDConfig(**TOP, loss=loss, objective=objective, alpha=[0.3, 0.7], beta=[0.9, 0.4])
+    mtpd = top10(loss=loss, objective=objective, alpha=[0.3, 0.7], beta=[0.9, 0.4])
     toy, step = Toy(mtpd=mtpd, micro_batch_size=4, masked=True), 3e-4
     slope = sum(
         float(
@@ -139,7 +138,7 @@ def loss_at(toy, nudge):
 def test_nothing_crosses_a_document_end(loss):
     """Other text in a document without loss changes nothing, to the last bit; unless heads may cross documents."""
     for crosses in (False, True):
-        toy = Toy(documents=True, mtpd=MTPDConfig(**TOP, loss=loss, cross_documents=crosses))
+        toy = Toy(documents=True, mtpd=top10(loss=loss, cross_documents=crosses))
         one, other = (train(ONE, replace(toy, first_document=text)) for text in (1, 5))
         equal = all(torch.equal(one.metrics[name], other.metrics[name]) for name in one.metrics)
         assert equal is not crosses
@@ -149,7 +148,7 @@ def test_nothing_crosses_a_document_end(loss):
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
 def test_clipping(apart):
     """Heads and main model by norms of their own, or all by one: the norms, and what the optimizer makes of them."""
-    toy = Toy(mtpd=MTPDConfig(**TOP, clip_apart=apart), optimizer_steps=1, clip=1.0)
+    toy = Toy(mtpd=top10(clip_apart=apart), optimizer_steps=1, clip=1.0)
     result = train(ONE, toy)
     groups = {"trunk": of_main_model, "mtp": of_heads} if apart else {"trunk": dict}
     assert result.norms.keys() == groups.keys()

@@ -4,6 +4,8 @@ The full result is that of one process, which the unit tests compare with loops 
 over shards are added in another order than over the row, so the last digits (1e-16) of some hundred terms differ.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from tests.unit.losses.cases import OBJECTIVES, Case, Outcome, make_case, run_ea
 
 pytestmark = pytest.mark.distributed
 
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
+EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
 WEIGHTS = HeadWeights((0.1, 0.3, 0.2), (0.5, 0.7, 0.4))
 
 
@@ -24,7 +26,7 @@ def on_shards(
     case: Case, configs: list[MTPDConfig], weights: HeadWeights, two_lists: bool, tp: int | None = None
 ) -> list[Outcome]:
     """With `tp`, in groups of neighbours."""
-    group = dist.group.WORLD
+    group: Any = dist.group.WORLD
     if tp is not None:
         groups = [dist.new_group(list(range(i, i + tp))) for i in range(0, dist.get_world_size(), tp)]
         group = groups[dist.get_rank() // tp]
@@ -54,18 +56,14 @@ def check(
                 torch.testing.assert_close(x, slices[rank % len(slices)], **tolerance, msg=message)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_objective(ranks):
-    configs = [
-        MTPDConfig(objective=objective, top_n=5, temperature=temperature)
-        for objective in OBJECTIVES
-        for temperature in (1.0, 0.6)
-    ]
+@pytest.mark.parametrize(("ranks", "temperature"), [(2, 1.0), (4, 0.6)])
+def test_every_objective(ranks, temperature):
+    configs = [MTPDConfig(objective=objective, top_n=5, temperature=temperature) for objective in OBJECTIVES]
     check(make_case(), configs, ranks)
 
 
 def test_every_n():
-    check(make_case(length=5), [MTPDConfig(top_n=n) for n in (1, 2, 3, 6, 7, 11, 12, 100)], 2)
+    check(make_case(length=5), [MTPDConfig(top_n=n) for n in (1, 2, 6, 11, 12, 100)], 2)
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.bfloat16), (2, torch.float16), (4, torch.float32)])

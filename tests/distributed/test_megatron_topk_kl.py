@@ -5,6 +5,8 @@ given a student that has next to nothing outside the set. It computes in fp32, o
 its result has to be summed over the ranks, and each rank differentiates its own part.
 """
 
+from typing import Any
+
 from megatron_mtpd import platform
 
 platform.setup()
@@ -25,7 +27,7 @@ N = 7
 
 def both(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradient of this rank's slice: ours, then Megatron's."""
-    group = dist.group.WORLD
+    group: Any = dist.group.WORLD
     rank, ranks = group.rank(), group.size()
     mine = student.chunk(ranks, -1)[rank].clone().requires_grad_()
     ours = topn_kl(teacher.chunk(ranks, -1)[rank], mine, N, tp_group=group)

@@ -1,5 +1,7 @@
 """Reductions over vocabulary shards, at 2 and 4 ranks, against the slice of the full result."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ def assert_equal_on_all(results: list) -> None:
 
 
 def select(full: Tensor, ns: list[int]) -> list[Tensor]:
-    group = dist.group.WORLD
+    group: Any = dist.group.WORLD
     mine = shard(full, group)
     return [vp.vocab_max(mine, group), vp.vocab_argmax(mine, group), *(vp.topn_threshold(mine, n, group) for n in ns)]
 
@@ -63,7 +65,7 @@ def test_selection_in_many_rows_with_ties(ranks):
 
 def add_up(full: Tensor, ids: Tensor, of_rows: Tensor, of_tokens: Tensor) -> list[Tensor]:
     """Values and then gradients of this rank's slice."""
-    group = dist.group.WORLD
+    group: Any = dist.group.WORLD
     leaves = [shard(full, group).requires_grad_() for _ in range(4)]
     values = [
         vp.vocab_logsumexp(leaves[0], group),
@@ -97,7 +99,7 @@ def test_sums_and_gradients_are_slices_of_the_full_ones(ranks):
     assert_equal_on_all([result[:3] for result in results])
     for rank, result in enumerate(results):
         # float64 sums in another order: a few roundings of 1e-16.
-        close = {"rtol": 1e-13, "atol": 1e-13}
+        close: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13}
         for ours, theirs in zip(result[:3], expected[:3], strict=True):
             torch.testing.assert_close(ours, theirs.detach(), **close)
         torch.testing.assert_close(result[3], expected[3].detach().chunk(ranks, -1)[rank], **close)
@@ -113,7 +115,8 @@ def in_two_groups(full: Tensor) -> tuple[list[int], list[Tensor]]:
     """Four ranks, two groups of two: ranks 0 and 2 share the first rows, ranks 1 and 3 the others."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     which = dist.get_rank() % 2
-    group, rows = groups[which], full.chunk(2)[which]
+    group: Any = groups[which]
+    rows = full.chunk(2)[which]
     mine = shard(rows, group)
     numbers = [vp.vocab_offset(mine, group), vp.vocab_size(mine, group)]
     ids = torch.full(rows.shape[:-1], 5)

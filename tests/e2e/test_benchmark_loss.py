@@ -1,4 +1,4 @@
-"""`tools/benchmark_loss.py` as a user runs it, at sizes that take no time: what it measures and writes, not how fast."""
+"""`tools/benchmark_loss.py` as a user runs it, at small sizes: what it measures and writes, not how fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_loss.py"
 SMALL = ["--heads", "2", "--vocab", "2048", "--topn", "50", "--tokens", "64", "--hidden", "32", "--repeats", "1"]
 

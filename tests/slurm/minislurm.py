@@ -146,7 +146,9 @@ class Cluster:
         self._unshare.stdin.write(f"power_{switch} {node}\n")
         self._unshare.stdin.flush()
 
-    def run(self, *command: str | Path, cwd: Path | None = None, check: bool = True, **env: str):
+    def run(
+        self, *command: str | Path, cwd: Path | None = None, check: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """A command on the controller's machine, as a user's on the login node."""
         enter = ["nsenter", f"--target={self._inside}", *NAMESPACES, f"--wd={cwd or os.getcwd()}"]
         return subprocess.run(
@@ -154,7 +156,7 @@ class Cluster:
             capture_output=True,
             text=True,
             check=check,
-            env={**_environment(), "SLURM_CONF": f"{self.folder}/slurm.conf", **env},
+            env={**_environment(), "SLURM_CONF": f"{self.folder}/slurm.conf", **(env or {})},
         )
 
     def wait_until[T](self, condition: Callable[[], T], seconds: float) -> T:

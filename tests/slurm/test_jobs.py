@@ -6,6 +6,8 @@ before the first test; other jobs run meanwhile.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -103,7 +105,7 @@ def test_two_nodes(two_nodes: Job) -> None:
 
 def test_an_output_folder_that_does_not_exist_ends_the_job_without_a_word(submit: Submit) -> None:
     """As the error table of slurm/README.md says."""
-    job = submit("no-folder", "--output=logs/%j.out")
+    job = submit("no-folder", f"--output={submit.folder}/no-folder/logs/%j.out")
     assert job.ended() == "FAILED"
     assert job.show("ExitCode") == "0:53"
 
@@ -147,15 +149,27 @@ def test_scancel_ends_a_job_for_good(submit: Submit) -> None:
     assert (job.state, job.show("Restarts")) == ("CANCELLED", "0")
 
 
-def test_extension_after_another_job(submit: Submit, two_nodes: Job) -> None:
+def test_a_chain_pretrain_extend_benchmark(submit: Submit, two_nodes: Job) -> None:
+    """Three jobs, each submitted before the one that it depends on has ended."""
+    start = {"MTPD_LOAD": str(two_nodes.run / "checkpoints"), "MTPD_HEADS": "4"}
     after = f"--dependency=afterok:{two_nodes.number}"
-    settings = {"MTPD_LOAD": str(two_nodes.run / "checkpoints"), "MTPD_HEADS": "4"}
-    job = submit("extended", after, script="loop_extend", flags=("--train-iters", "3"), **settings)
-    assert job.ended() == "COMPLETED", job.output
+    extended = submit("extended", after, script="loop_extend", flags=("--train-iters", "3"), **start)
+
+    prompts = submit.folder / "prompts.jsonl"  # the toy's tokens are numbers
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} {n + 1} {n + 2}"}) + "\n" for n in range(6)))
+    flags = ("--prompts", prompts, "--num-heads", 4, "--max-new-tokens", 4, "--ignore-eod")
+    after, start = f"--dependency=afterok:{extended.number}", {"MTPD_LOAD": str(extended.run / "checkpoints")}
+    measured = submit("measured", "--nodes=2", after, script="benchmark_acceptance", flags=flags, **start)
+
+    assert extended.ended() == "COMPLETED", extended.output
     assert two_nodes.state == "COMPLETED"
-    losses = job.losses()
+    losses = extended.losses()
     assert list(losses) == [1, 2, 3]
     assert all(f"cross_entropy/head_{k}" in losses[1] for k in (1, 2, 3, 4))
+
+    assert measured.ended() == "COMPLETED", measured.output
+    runs = json.loads((measured.run / "acceptance.json").read_text())["runs"]
+    assert runs[-1]["num_heads"] == 4 and {run["num_prompts"] for run in runs} == {6}, "both ranks' prompts count"
 
 
 def test_a_rank_that_raises(raised: Job, hung: Job, two_nodes: Job) -> None:

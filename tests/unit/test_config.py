@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -57,7 +58,7 @@ def test_it_cannot_be_changed():
         *[(name, value, "between 0 (cut) and 1 (whole)") for name in SHARES for value in (-0.01, 1.01, NAN)],
     ],
 )
-def test_a_bad_value_is_refused_by_flag_value_and_remedy(name, value, remedy):
+def test_a_bad_value_is_refused_by_flag_value_and_remedy(name: str, value: Any, remedy: str):
     with pytest.raises(ValueError, match="--mtpd-") as error:
         MTPDConfig(**{name: value})
     message = str(error.value)
@@ -65,7 +66,7 @@ def test_a_bad_value_is_refused_by_flag_value_and_remedy(name, value, remedy):
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_n", 1), ("lk_eta", 0.0), ("alpha", [0.0]), ("beta", [0.0, 2.0])])
-def test_the_edge_of_what_is_allowed(name, value):
+def test_the_edge_of_what_is_allowed(name: str, value: Any):
     assert getattr(MTPDConfig(**{name: value}), name) == value
 
 
@@ -101,8 +102,9 @@ def test_the_schedule_rises_once_from_0_to_1(start, ramp):
 
 @pytest.mark.parametrize("place", ["trunk", "embedding", "output"])
 def test_two_passes_where_gradients_part_before_the_output_layer(place):
-    apart = MTPDConfig(**{f"ce_{place}_share": 0.5})
-    together = MTPDConfig(**{f"ce_{place}_share": 0.5, f"kd_{place}_share": 0.5})
+    of_ce: dict[str, Any] = {f"ce_{place}_share": 0.5}
+    of_both: dict[str, Any] = {**of_ce, f"kd_{place}_share": 0.5}
+    apart, together = MTPDConfig(**of_ce), MTPDConfig(**of_both)
     assert apart.heads_pass_twice == (place != "output")
     assert not together.heads_pass_twice
 

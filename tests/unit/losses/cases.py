@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mtpd.config import MTPDConfig
+from megatron_mtpd.config import MTPDConfig, Objective
 from megatron_mtpd.losses.alignment import head_masks
 from megatron_mtpd.losses.eager import HeadWeights, mtpd_loss
 from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.losses.vocab_parallel import Group
 
-OBJECTIVES = ["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
+OBJECTIVES: list[Objective] = ["topn_kl", "kl", "reverse_kl", "tv", "lk", "e2e_tv"]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -6,6 +6,7 @@ lower dtype the oracle gets the same rounded logits in float64, so what is left 
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mtpd.config import MTPDConfig
+from megatron_mtpd.config import MTPDConfig, Objective
 from megatron_mtpd.losses import objectives
 from tests.unit.losses import naive
 
 INF = float("inf")
-PAIRWISE = ["topn_kl", "kl", "reverse_kl", "tv", "lk"]
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
+PAIRWISE: list[Objective] = ["topn_kl", "kl", "reverse_kl", "tv", "lk"]
+EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
 # Log-probabilities of size 10 are rounded to 5e-7 each in fp32, and a divergence is a mean of differences of two.
-FP32 = {"rtol": 1e-5, "atol": 3e-6}
+FP32: dict[str, Any] = {"rtol": 1e-5, "atol": 3e-6}
 
 
 def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

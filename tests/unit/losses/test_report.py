@@ -1,5 +1,7 @@
 """What is counted, by hand on drafts of known fate; the fields of the whole report are checked in test_eager.py."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,7 +78,7 @@ def test_overlaps_are_probabilities_of_sampled_drafts():
     )
     chain = alphas.cumprod(0)
     # Eight fp32 sums of probabilities: 1e-7 each.
-    close = {"rtol": 1e-6, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(report["overlap"].double(), alphas.sum((1, 2)), **close)
     torch.testing.assert_close(report["cumulative_overlap"].double(), chain.sum((1, 2)), **close)
     torch.testing.assert_close(report["tokens_per_step_sampled"].double(), (1 + chain.sum(0)).sum(), **close)

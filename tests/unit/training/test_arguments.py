@@ -26,6 +26,14 @@ def parse(parser, *argv, **megatron):
         "hybrid_context_parallel": False,
         "fp16_lm_cross_entropy": False,
         "defer_embedding_wgrad_compute": False,
+        "use_megatron_fsdp": False,
+        "use_torch_fsdp2": False,
+        "reset_attention_mask": False,
+        "create_attention_mask_in_dataloader": True,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "micro_batch_size": 2,
+        "eval_micro_batch_size": None,
         "recompute_granularity": None,
         "recompute_method": None,
     }
@@ -49,7 +57,7 @@ def test_every_field_has_a_flag_with_help(parser):
 def test_flags_reach_the_config(parser):
     argv = ["--mtpd-beta", "0.5", "0.25", "--mtpd-objective", "lk", "--mtpd-top-n", "7", "--no-mtpd-clip-apart"]
     argv += ["--mtpd-kd-trunk-share", "0.5", "--mtpd-cross-documents"]
-    config = mtpd_config_from_args(parse(parser, *argv))
+    config = mtpd_config_from_args(parse(parser, *argv, hidden_dropout=0.0, attention_dropout=0.0))
     expected = MTPDConfig(
         objective="lk", top_n=7, beta=[0.5, 0.25], kd_trunk_share=0.5, clip_apart=False, cross_documents=True
     )
@@ -73,6 +81,14 @@ def test_detach_heads_cuts_every_share(parser):
         ([], {"mtp_num_layers": None}, "no MTP heads"),
         ([], {"sft": True}, "--sft"),
         ([], {"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy"),
+        ([], {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        (
+            [],
+            {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
+            "--reset-attention-mask does nothing",
+        ),
+        (["--mtpd-kd-trunk-share", "0"], {}, "--hidden-dropout 0.1"),
+        ([], {"eval_micro_batch_size": 4}, "--eval-micro-batch-size 4"),
         ([], {"recompute_granularity": "full", "recompute_method": "block"}, "--recompute-method uniform"),
     ],
 )
