@@ -47,8 +47,8 @@ class MTPDConfig:
     one head, 0.5 with more (the paper's values for 1 and 4 heads)."""
 
     temperature: float = 1.0
-    """Temperature of both distributions in the distillation; its loss is multiplied by the temperature squared, so
-    that the gradient keeps its size."""
+    """Temperature of both distributions in the distillation; its KL terms are multiplied by the temperature squared,
+    so that their gradient keeps its size."""
 
     lk_eta: float = 3.0
     """eta of the lk objective: lambda = exp(-eta * alpha) weighs KL against total variation (arXiv 2602.23881)."""

@@ -93,7 +93,7 @@ def mtpd_loss(
         ]
         # One term couples the heads: it counts with the sum of their weights, over the drafts that head 1 makes.
         drafts = objectives.e2e_tv(torch.stack(alphas), torch.cumprod(masks, 0))
-        distillation = drafts.sum() * torch.ones_like(scale)
+        distillation = (drafts * masks).flatten(1).sum(1)  # of the drafts that head k takes part in
         heads_loss = heads_loss + drafts.sum() * scale[0] * beta.sum()
     else:
         distances = [objectives.distillation(t, z, config, tp_group) for t, z in zip(teachers, kd_logits, strict=True)]

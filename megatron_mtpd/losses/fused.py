@@ -186,9 +186,9 @@ def _reduce(
     beta = scale.new_tensor(weights.beta)
     heads_loss = torch.dot(cross_entropy, scale * scale.new_tensor(weights.alpha))
     if config.objective == "e2e_tv":
-        drafts = objectives.e2e_tv(overlap_kd, torch.cumprod(masks, 0)).sum()
-        distillation = drafts * torch.ones_like(scale)
-        heads_loss = heads_loss + drafts * scale[0] * beta.sum()
+        drafts = objectives.e2e_tv(overlap_kd, torch.cumprod(masks, 0))
+        distillation = (drafts * masks).flatten(1).sum(1)  # of the drafts that head k takes part in
+        heads_loss = heads_loss + drafts.sum() * scale[0] * beta.sum()
     else:
         distillation = torch.where(masks > 0, distillation, 0.0).flatten(1).sum(1)
         heads_loss = heads_loss + torch.dot(distillation, scale * beta)

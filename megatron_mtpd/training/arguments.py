@@ -95,9 +95,9 @@ def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
         )
     if config.heads_pass_twice and (args.hidden_dropout or args.attention_dropout):
         raise ValueError(
-            f"--hidden-dropout {args.hidden_dropout} and --attention-dropout {args.attention_dropout}: trunk and embedding "
-            "shares that differ between cross-entropy and distillation take two passes of the heads, which would drop "
-            "different units. Set both to 0, or the shares alike."
+            f"--hidden-dropout {args.hidden_dropout} and --attention-dropout {args.attention_dropout}: trunk and "
+            "embedding shares that differ between cross-entropy and distillation take two passes of the heads, which "
+            "would drop different units. Set both to 0, or the shares alike."
         )
     if args.eval_micro_batch_size not in (None, args.micro_batch_size):
         raise ValueError(
