@@ -92,7 +92,8 @@ class Job:
 
 @dataclass
 class Submit:
-    """sbatch of the job scripts in the checkout, with the toy model and without preflight, unless the settings say so."""
+    """sbatch of the job scripts in the checkout, with the toy model and without preflight, unless the settings say
+    so."""
 
     cluster: Cluster
     folder: Path
