@@ -116,8 +116,9 @@ def _guess(logits: Tensor, share: float, tp_group: Group) -> tuple[Tensor, Tenso
 def _interpolate(keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int) -> Tensor:
     """The key where a straight line between the counts at both ends reaches n."""
     start, end = keys.values(low).double(), keys.values(high).double()
-    # The middle of the gap above the (count_low - n)-th logit of the bracket, were they equally far apart.
-    share = (count_low - n + 0.5).double() / (count_low - count_high + 1)
+    # On the logarithms of the counts, which fall evenly in a tail; halves, because one of them may be 0.
+    left, wanted, right = ((x + 0.5).double().log() for x in (count_low, torch.full_like(count_low, n), count_high))
+    share = (left - wanted) / (left - right)
     return keys.of((start + (end - start) * share).nan_to_num(0.0))
 
 

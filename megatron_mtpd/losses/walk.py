@@ -27,7 +27,7 @@ from megatron_mtpd.losses.vocab_parallel import Group
 CPU_CHUNK, GPU_CHUNK = 512, 2048
 CPU_CHUNK_LOGITS = 3 << 23
 # Logits of a block. On CPU few enough for the caches, but worth some sixty calls from Python, or two collectives.
-CPU_BLOCK, CPU_PARALLEL_BLOCK, GPU_BLOCK = 1 << 20, 1 << 22, 1 << 25
+CPU_BLOCK, CPU_PARALLEL_BLOCK, GPU_BLOCK = 1 << 20, 1 << 21, 1 << 25
 
 
 @dataclass(frozen=True)

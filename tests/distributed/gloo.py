@@ -79,6 +79,8 @@ _server: tuple[BaseProcess, Connection] | None = None
 
 def _start_server() -> Connection:
     global _server
+    if _server is not None and not _server[0].is_alive():
+        _stop_server()  # it ended between two calls: whatever ended it is not this call's
     if _server is None:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,))

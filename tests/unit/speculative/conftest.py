@@ -10,7 +10,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_mtpd.speculative.loading import start_distributed  # noqa: E402
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_process():
     start_distributed()
     yield
