@@ -116,7 +116,7 @@ set_command() {
     local nodes=$1 ranks=$2
     shift 2
     COMMAND=(srun --nodes="$nodes" --ntasks="$((nodes * ranks))" --ntasks-per-node="$ranks" --distribution=block)
-    COMMAND+=(--cpu-bind=none --kill-on-bad-exit=1 --wait=300)
+    COMMAND+=(--cpu-bind=none --kill-on-bad-exit=1 --wait=120)
     if [ -n "${MTPD_CONTAINER:-}" ]; then
         COMMAND+=(--container-image="$MTPD_CONTAINER" --container-workdir="$PWD")
         COMMAND+=(--container-mounts="$MTPD_ROOT:$MTPD_ROOT,$RUN:$RUN,$PWD:$PWD${MTPD_CONTAINER_MOUNTS:+,$MTPD_CONTAINER_MOUNTS}")
@@ -209,7 +209,8 @@ train() {
 
 tracker() { cat "$CHECKPOINTS/latest_checkpointed_iteration.txt" 2>/dev/null; }
 
-# Whether a node of the job no longer answers: Slurm may take a minute to see it, and by then we would have failed.
+# Whether a node of the job no longer answers: Slurm may take minutes to see it, and by then we would have failed. A job
+# that was requeued this way may fail once more when Slurm then sees it (22.05), hence three tries without progress.
 node_lost() {
     ! timeout 60 srun --overlap --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --quiet true >/dev/null 2>&1
 }
@@ -251,7 +252,9 @@ attempt() {
     if [ "$(tracker)" != "$before" ]; then
         requeue "this attempt went on to checkpoint $(tracker)"
     elif node_lost; then
-        requeue "a node of this job no longer answers"
+        echo "$SLURM_JOB_ID after checkpoint $before" >>"$RUN/lost-nodes"
+        (($(grep -cxF "$SLURM_JOB_ID after checkpoint $before" "$RUN/lost-nodes") > 3)) ||
+            requeue "a node of this job no longer answers"
     fi
     exit "$status"
 }

@@ -2,7 +2,7 @@
 
 The cut of a row is found by probing: one probe counts how many logits reach a number, and the counts say where to probe
 next. A probe reads the row once and, when the vocabulary is split over ranks, reduces one count a row; neither logits
-nor candidates travel. About seven probes are enough for a row of fp32, whatever its length, because the search
+nor candidates travel. About eight probes are enough for a row of fp32, whatever its length, because the search
 
 1. brackets the cut by a sample of the row, then interpolates between the counts at both ends;
 2. ends as soon as exactly N logits reach the probe: any number between the N-th and the next logit cuts the same set;
@@ -114,7 +114,7 @@ def _guess(logits: Tensor, share: float, tp_group: Group) -> tuple[Tensor, Tenso
 
 
 def _interpolate(keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int) -> Tensor:
-    """The key where a straight line between the counts at both ends reaches n."""
+    """The key where the count reaches n, if it falls evenly from one end to the other."""
     start, end = keys.values(low).double(), keys.values(high).double()
     # On the logarithms of the counts, which fall evenly in a tail; halves, because one of them may be 0.
     left, wanted, right = ((x + 0.5).double().log() for x in (count_low, torch.full_like(count_low, n), count_high))
