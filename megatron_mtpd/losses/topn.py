@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mtpd.losses.vocab_parallel import Group, vocab_max, vocab_size
+from megatron_mtpd.losses.vocab_parallel import Group, vocab_size
 
 _KEY_DTYPES = {
     torch.float64: torch.int64,
@@ -51,10 +51,9 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
     cut = torch.empty_like(logits[:, 0])
     rows = torch.arange(len(logits), device=logits.device)  # those that are still searched
     # Of every row: count(low) >= n > count(high).
-    high = keys.of(vocab_max(logits, tp_group)) + 1
-    low = keys.of(torch.full_like(cut, -math.inf))
+    top, *guesses = (keys.of(x) for x in _guess(logits, n / size, tp_group))
+    low, high = keys.of(torch.full_like(cut, -math.inf)), top + 1
     count_low, count_high = torch.full_like(low, size), torch.zeros_like(low)
-    guesses = [keys.of(g) for g in _guess(logits, n / size, tp_group)]
     step = -1
     while True:
         step += 1
@@ -99,18 +98,21 @@ class _Keys:
         return bits.view(self.dtype).to(self.value_dtype)
 
 
-def _guess(logits: Tensor, share: float, tp_group: Group) -> tuple[Tensor, Tensor]:
-    """Two numbers that probably have the cut between them: three standard errors around the quantile of a sample."""
+def _guess(logits: Tensor, share: float, tp_group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum, and two numbers that probably have the cut between them.
+
+    They are three standard errors around the quantile of a sample.
+    """
     stride = max(1, logits.shape[-1] // _SAMPLE)
     sample = -logits[:, ::stride]
     length = sample.shape[-1]
     spread = 3.0 * math.sqrt(share * (1.0 - share) * length) + 1.0
     above, below = (min(length, max(1, round(share * length + sign * spread))) for sign in (-1, 1))
-    # The widest bracket of all ranks.
-    bracket = torch.stack([-sample.kthvalue(above).values, sample.kthvalue(below).values])
-    if tp_group is not None and tp_group.size() > 1:
-        dist.all_reduce(bracket, op=dist.ReduceOp.MAX, group=tp_group)
-    return bracket[0], -bracket[1]
+    bracket = [-sample.kthvalue(above).values, sample.kthvalue(below).values]
+    highest = torch.stack([logits.amax(-1), *bracket])
+    if tp_group is not None and tp_group.size() > 1:  # the widest bracket of all ranks
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp_group)
+    return highest[0], highest[1], -highest[2]
 
 
 def _interpolate(keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int) -> Tensor:

@@ -51,7 +51,17 @@ def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         log_throughput=True,
         log_timers_to_tensorboard=True,
     )
+    _make_help_printable(parser)
     return platform.set_default_flags(parser)
+
+
+def _make_help_printable(parser: argparse.ArgumentParser) -> None:
+    """Escape what argparse cannot format: megatron-core 0.19.2 has a bare % in the help of a flag, and --help fails."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def mtpd_config_from_args(args: argparse.Namespace) -> MTPDConfig:

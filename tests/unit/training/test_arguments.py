@@ -54,6 +54,13 @@ def test_every_field_has_a_flag_with_help(parser):
         assert action.help
 
 
+def test_help_prints_with_megatrons_flags():
+    from megatron.training.arguments import add_megatron_arguments
+
+    text = add_mtpd_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))).format_help()
+    assert "--mtpd-top-n" in text and "--num-layers" in text
+
+
 def test_flags_reach_the_config(parser):
     argv = ["--mtpd-beta", "0.5", "0.25", "--mtpd-objective", "lk", "--mtpd-top-n", "7", "--no-mtpd-clip-apart"]
     argv += ["--mtpd-kd-trunk-share", "0.5", "--mtpd-cross-documents"]
