@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What the job scripts share: settings, sizes, the start of the ranks, signals, restarts. They source it; nobody runs it.
+# What the job scripts share: settings, sizes, start of the ranks, signals, restarts. They source it; nobody runs it.
 #
 # A job is one attempt after another at the same work, under one job id. How an attempt can end:
 #   the ranks are done             the job is done
 #   the time limit is near (USR1)  the ranks save and exit, the job is requeued
-#   a node dies                    Slurm requeues the job, or we do where Slurm is slower to see it
+#   a node dies                    Slurm requeues the job
 #   a rank fails                   requeued if this attempt saved a checkpoint; else the job has failed, because what
 #                                  fails before that (a wrong option, a bad node) would fail again
 #   scancel (TERM)                 the job is over
@@ -26,7 +26,8 @@ dry_run() { [ "${MTPD_DRY_RUN:-0}" != 0 ]; }
 check_settings() {
     local name
     for name in $(compgen -A variable MTPD_); do
-        [[ " $SETTINGS " == *" ${name#MTPD_} "* ]] || fail "$name is not a setting. There are:$(printf ' MTPD_%s' $SETTINGS)"
+        [[ " $SETTINGS " == *" ${name#MTPD_} "* ]] ||
+            fail "$name is not a setting. There are:$(printf ' MTPD_%s' $SETTINGS)"
     done
 }
 
@@ -76,12 +77,12 @@ start_job() {
     say "job ${SLURM_JOB_ID:-none}, start $((RESTARTS + 1)), $NODES nodes x $RANKS ranks: ${SLURM_JOB_NODELIST:-none}"
     say "commit $(git -C "$MTPD_ROOT" describe --always --dirty 2>/dev/null || echo unknown) in $MTPD_ROOT"
     dry_run && return
-    [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job: submit it with sbatch, or set MTPD_DRY_RUN=1 to see what it would run."
+    [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job: submit it with sbatch, or see what it would run: MTPD_DRY_RUN=1."
     if ((RESTARTS > ${MTPD_MAX_RESTARTS:=50})); then
         say "this is start $((RESTARTS + 1)) and MTPD_MAX_RESTARTS=$MTPD_MAX_RESTARTS: giving up."
         exit 1
     fi
-    mkdir -p "$RUN/logs" && touch "$RUN" || fail "MTPD_RUN_DIR=$RUN cannot be written: choose a folder that all nodes share."
+    mkdir -p "$RUN/logs" && touch "$RUN" || fail "MTPD_RUN_DIR=$RUN cannot be written: choose one that all nodes share."
     claim_run
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export MASTER_ADDR
@@ -92,26 +93,28 @@ start_job() {
 # One job at a time in a run's folder: two would write over each other's checkpoints.
 claim_run() {
     local owner
-    until (set -o noclobber && echo "$SLURM_JOB_ID" >"$RUN/job") 2>/dev/null; do
-        owner=$(cat "$RUN/job")
+    for _ in 1 2 3; do
+        (set -o noclobber && echo "$SLURM_JOB_ID" >"$RUN/job") 2>/dev/null && return
+        owner=$(cat "$RUN/job" 2>/dev/null)
         [ "$owner" = "$SLURM_JOB_ID" ] && return
-        [ -z "$(squeue -h -j "$owner" -t running,completing,suspended 2>/dev/null)" ] ||
-            fail "job $owner is running in MTPD_RUN_DIR=$RUN: choose another folder, or wait (sbatch --dependency=afterany:$owner)."
+        [ -z "$owner" ] || [ -z "$(squeue -h -j "$owner" -t running,completing,suspended 2>/dev/null)" ] ||
+            fail "job $owner is running in MTPD_RUN_DIR=$RUN: choose another, or wait (--dependency=afterany:$owner)."
         rm -f "$RUN/job"
     done
+    fail "$RUN/job cannot be written: is the disk full?"
 }
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
-# A port that is free on this node, the first of the ranks' nodes: 20000 to 29999, outside the range that the kernel takes
-# ports of outgoing connections from. Jobs start the search at different ports and take long steps, to stay apart.
+# A port that is free on this node, the first of the ranks' nodes: 20000 to 29999, because the kernel takes those of
+# outgoing connections from 32768 on. Jobs start the search at different ports and take long steps, to stay apart.
 free_port() {
     local port=${MTPD_MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
     while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((20000 + (port + 997) % 10000)); done
     echo "$port"
 }
 
-# set_command NODES RANKS TOOL ARGUMENTS...: sets COMMAND, which runs a Python tool with so many ranks a node, and prints it.
+# set_command NODES RANKS TOOL ARGUMENTS...: sets COMMAND, which runs a Python tool with so many ranks a node; shows it.
 set_command() {
     local nodes=$1 ranks=$2
     shift 2
@@ -119,7 +122,8 @@ set_command() {
     COMMAND+=(--cpu-bind=none --kill-on-bad-exit=1 --wait=120)
     if [ -n "${MTPD_CONTAINER:-}" ]; then
         COMMAND+=(--container-image="$MTPD_CONTAINER" --container-workdir="$PWD")
-        COMMAND+=(--container-mounts="$MTPD_ROOT:$MTPD_ROOT,$RUN:$RUN,$PWD:$PWD${MTPD_CONTAINER_MOUNTS:+,$MTPD_CONTAINER_MOUNTS}")
+        local mounts="$MTPD_ROOT:$MTPD_ROOT,$RUN:$RUN,$PWD:$PWD${MTPD_CONTAINER_MOUNTS:+,$MTPD_CONTAINER_MOUNTS}"
+        COMMAND+=(--container-mounts="$mounts")
     fi
     # shellcheck disable=SC2206 # both are lists of words
     COMMAND+=(${MTPD_SRUN_ARGS:-} ${MTPD_WRAPPER:-} "$PYTHON" "$MTPD_ROOT/slurm/rank.py" "$@")
@@ -205,12 +209,11 @@ train() {
         --flight-recorder-dump-path "$RUN/flight_recorder"
 }
 
-# --- the end of an attempt --------------------------------------------------------------------------------------------
+# --- the end of an attempt ------------------------------------------------------------------------------------------
 
 tracker() { cat "$CHECKPOINTS/latest_checkpointed_iteration.txt" 2>/dev/null; }
 
-# Whether a node of the job no longer answers: Slurm may take minutes to see it, and by then we would have failed. A job
-# that was requeued this way may fail once more when Slurm then sees it (22.05), hence three tries without progress.
+# Whether a node of the job no longer answers. Slurm takes SlurmdTimeout (300 s) to see it, and then requeues the job.
 node_lost() {
     ! timeout 60 srun --overlap --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --quiet true >/dev/null 2>&1
 }
@@ -249,12 +252,12 @@ attempt() {
     fi
     say "failed with exit status $status"
     explain
-    if [ "$(tracker)" != "$before" ]; then
+    if node_lost; then
+        say "a node of this job no longer answers: waiting for Slurm to see it, and to requeue the job"
+        sleep 900 &
+        wait $! # until Slurm ends us
+    elif [ "$(tracker)" != "$before" ]; then
         requeue "this attempt went on to checkpoint $(tracker)"
-    elif node_lost; then
-        echo "$SLURM_JOB_ID after checkpoint $before" >>"$RUN/lost-nodes"
-        (($(grep -cxF "$SLURM_JOB_ID after checkpoint $before" "$RUN/lost-nodes") > 3)) ||
-            requeue "a node of this job no longer answers"
     fi
     exit "$status"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Give a trained checkpoint more heads, then train them:
-#   MTPD_MODEL=dense-2b MTPD_LOAD=/shared/runs/dense-2b/checkpoints MTPD_HEADS=16 MTPD_RUN_DIR=/shared/runs/dense-2b-16 \
+#   MTPD_MODEL=dense-2b MTPD_LOAD=/shared/runs/dense-2b/checkpoints MTPD_HEADS=16 \
 #       sbatch --nodes=4 --time=24:00:00 slurm/loop_extend.sh --data-path ... --train-iters 17000
 # What follows the script goes to tools/pretrain_mtpd.py, after the configuration, and wins. See slurm/README.md.
 #SBATCH --job-name=loop_extend
@@ -20,8 +20,9 @@ read_model
 refuse_flags "$@"
 [ -n "${MTPD_LOAD:-}" ] || fail "MTPD_LOAD is not set: name the checkpoints whose heads are extended."
 [[ ${MTPD_HEADS:-} =~ ^[1-9][0-9]*$ ]] || fail "MTPD_HEADS=${MTPD_HEADS:-}: say how many heads the model is to have."
-old_heads=$(run_once "$MTPD_ROOT/tools/inspect_checkpoint.py" --load "$MTPD_LOAD" --json | sed -n 's/^ "heads": \([0-9]*\).*/\1/p') ||
+found=$(run_once "$MTPD_ROOT/tools/inspect_checkpoint.py" --load "$MTPD_LOAD" --json) ||
     fail "MTPD_LOAD=$MTPD_LOAD cannot be read, see above."
+old_heads=$(sed -n 's/^ "heads": \([0-9]*\).*/\1/p' <<<"$found")
 preflight
 if [ ! -e "$RUN/extended" ]; then # it is there whole or not at all
     run_once "$MTPD_ROOT/tools/loop_extend.py" --load "$MTPD_LOAD" --save "$RUN/extended" --num-heads "$MTPD_HEADS" ||
