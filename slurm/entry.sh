@@ -186,7 +186,7 @@ preflight() {
     dry_run && return
     grep -h 'preflight: ' "$log" || tail -n 40 "$log"
     [ -z "$cancelled" ] || exit 143
-    ((status == 0)) || fail "the preflight failed: mend the node that it names, or leave it out (sbatch --exclude=NODE)."
+    ((status == 0)) || fail "the preflight failed: mend the node that it names, or leave it out (sbatch --exclude)."
 }
 
 # refuse_flags FLAGS...: those that train gives must not be given again.

@@ -72,8 +72,8 @@ def main() -> None:
             seed,
             ["--mtp-num-layers", options.heads, *VARIANTS[variant]],
         )
-        for variant in chosen
         for seed in options.seeds
+        for variant in chosen
     }
     finished = out / "finished"
     finished.mkdir(parents=True, exist_ok=True)

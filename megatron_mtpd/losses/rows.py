@@ -99,19 +99,17 @@ class Coefficients(NamedTuple):
 
 def gather_statistics(local: Statistics, vocab_slice: int, tp_group: dist.ProcessGroup) -> Statistics:
     """Those of the whole vocabulary from those of each rank's slice of `vocab_slice` tokens. One all-gather."""
-    sizes = [len(x) for x in local]
-    mine = torch.cat([x.double() for x in local])  # fp64 holds fp32 values and ids alike
+    mine = torch.cat([x.to(local.top.dtype) for x in local])  # ids, too: fp32 is exact up to 2^24 tokens
     everyone = mine.new_empty(tp_group.size() * len(mine), mine.shape[1])
     dist.all_gather_into_tensor(everyone, mine, group=tp_group)
-    everyone = everyone.view(tp_group.size(), *mine.shape)
-    top, first, label_logit, lse, lse_kd, dot, mass = everyone.split(sizes, dim=1)
+    of_ranks = everyone.view(tp_group.size(), *mine.shape).split([len(x) for x in local], dim=1)
+    top, first, label_logit, lse, lse_kd, dot, mass = of_ranks
     whole_top, whole_lse_kd = top.amax(0), lse_kd.logsumexp(0)
     offset = vocab_slice * torch.arange(tp_group.size(), device=mine.device).view(-1, 1, 1)
     ids = torch.where(top == whole_top, first + offset, torch.inf).amin(0).long()
     teacher = (lse_kd[:, :1] - whole_lse_kd[:1]).exp()  # a slice's softmax times this is a slice of the softmax
-    whole = [whole_top, ids, label_logit.sum(0), lse.logsumexp(0), whole_lse_kd]
-    whole += [(dot * teacher).sum(0), (mass * teacher).sum(0)]
-    return Statistics(*(x.to(y.dtype) for x, y in zip(whole, local, strict=True)))
+    dot, mass = (dot * teacher).sum(0), (mass * teacher).sum(0)
+    return Statistics(whole_top, ids, label_logit.sum(0), lse.logsumexp(0), whole_lse_kd, dot, mass)
 
 
 def reduce_sums(local: Sums, tp_group: dist.ProcessGroup) -> Sums:

@@ -27,7 +27,7 @@ from megatron_mtpd.losses.vocab_parallel import Group
 CPU_CHUNK, GPU_CHUNK = 512, 2048
 CPU_CHUNK_LOGITS = 3 << 23
 # Logits of a block. On CPU few enough for the caches, but worth some sixty calls from Python, or two collectives.
-CPU_BLOCK, CPU_PARALLEL_BLOCK, GPU_BLOCK = 1 << 20, 1 << 21, 1 << 25
+CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,7 @@ def _sizes(inputs: Inputs) -> tuple[int, int]:
     default = min(CPU_CHUNK, CPU_CHUNK_LOGITS // inputs.weight.shape[0]) if on_cpu else GPU_CHUNK
     most = max(1, (inputs.chunk_rows or default) // heads)
     chunk = -(-num_rows // -(-num_rows // most))
-    is_parallel = inputs.tp_group is not None and inputs.tp_group.size() > 1
-    of_block = (CPU_PARALLEL_BLOCK if is_parallel else CPU_BLOCK) if on_cpu else GPU_BLOCK
-    block = min(chunk, max(1, of_block // (heads * inputs.weight.shape[0])))
+    block = min(chunk, max(1, (CPU_BLOCK if on_cpu else GPU_BLOCK) // (heads * inputs.weight.shape[0])))
     return block, -(-chunk // block)
 
 
