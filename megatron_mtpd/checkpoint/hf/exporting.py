@@ -1,0 +1,215 @@
+"""A checkpoint of ours becomes a Hugging Face folder that a serving engine reads.
+
+The trunk gets its own architecture's names, the heads those of a format (see `formats`). config.json is the folder's
+that the model was imported from, where it describes this model; tokenizer, generation settings and licence come from
+there too. README.md says which engine runs it, with which settings, and what was measured.
+
+The result appears whole or not at all. Deliberately absent: quantisation, and merging of several checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_mtpd.checkpoint.common_state import read_common_state
+from megatron_mtpd.checkpoint.files import Progress, assembled, sync
+from megatron_mtpd.checkpoint.hf import card
+from megatron_mtpd.checkpoint.hf.architectures import ARCHITECTURES, Architecture, architecture_of, for_shape
+from megatron_mtpd.checkpoint.hf.arguments import shape_of
+from megatron_mtpd.checkpoint.hf.folder import (
+    CONFIG,
+    SHARD_SIZE,
+    Entry,
+    copy_companions,
+    read_config,
+    read_json,
+    refuse_overlap,
+    write_json,
+    write_weights,
+)
+from megatron_mtpd.checkpoint.hf.formats import FORMATS, TRANSFORMERS, TRUNK, Format
+from megatron_mtpd.checkpoint.hf.importing import DTYPES
+from megatron_mtpd.checkpoint.hf.layouts import Layout
+from megatron_mtpd.checkpoint.hf.shape import Shape
+from megatron_mtpd.checkpoint.integrity import verify
+from megatron_mtpd.checkpoint.iterations import resolve
+from megatron_mtpd.checkpoint.metadata import CheckpointError, Metadata, read_metadata
+
+_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+"""What a configuration of another architecture takes from that of the folder."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export is made of, once it is known to be possible."""
+
+    source: Metadata
+    shape: Shape
+    architecture: Architecture
+    format: Format
+    config: dict[str, Any]
+    companions: Path | None
+    acceptance: dict[str, Any] | None
+
+    def pairs(self) -> Iterator[tuple[str, Layout]]:
+        """Our key and the layout of theirs, of everything that is written."""
+        yield from self.format.of_trunk(self.architecture, self.shape)
+        for head in range(self.shape.num_heads):
+            yield from self.format.head(self.architecture, self.shape, head)
+
+
+def export_hf(
+    load: Path,
+    save: Path,
+    format: str = TRANSFORMERS.name,
+    hf: Path | None = None,
+    acceptance: Path | None = None,
+    num_heads: int | None = None,
+    ckpt_step: int | None = None,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    shard_size: int = SHARD_SIZE,
+    full: bool = False,
+    force: bool = False,
+) -> Export:
+    """Convert a checkpoint (of a run: its last one, or `ckpt_step`) into the folder `save`.
+
+    Args:
+        format: one of `FORMATS`.
+        hf: the folder that the model was imported from, or one with its config.json and tokenizer; default: the folder
+            that the checkpoint names as its tokenizer's.
+        acceptance: `acceptance.json` of the benchmark, for the model card.
+        num_heads: the first so many heads; default: all.
+        dtype: fp32, bf16 or fp16; default: the checkpoint's.
+        vocab_size: rows of the embedding; default: as the folder says, or the arguments.
+        full: compare the checksums of all bytes before.
+        force: replace what is in `save`.
+
+    Raises ValueError, naming the option, or CheckpointError, naming the file, before anything is written.
+    """
+    import torch
+
+    from megatron_mtpd.checkpoint.hf.torch_dist import read_tensor
+
+    refuse_overlap(load, save)
+    export = plan(load, format, hf, acceptance, num_heads, ckpt_step, dtype, vocab_size, full)
+    source, shape = export.source, export.shape
+    wanted = getattr(torch, shape.dtype)
+
+    def entry(key: str, layout: Layout) -> Entry:
+        def read() -> list[Any]:
+            found = read_tensor(source, key).to(wanted)
+            return layout.split(found, shape)
+
+        return Entry(tuple(zip(layout.names, layout.shapes(shape.size_of(key), shape), strict=True)), read)
+
+    entries = [entry(key, layout) for key, layout in export.pairs()]
+    total = sum(entry.nbytes(shape.dtype) for entry in entries)
+    texts = card.files(export.architecture, shape, export.format, save.name, export.acceptance)
+    with assembled(save, replace=force) as root:
+        free = shutil.disk_usage(root).free
+        if total > free:
+            raise ValueError(
+                f"--save {save} needs {total / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB."
+            )
+        if export.companions:
+            copy_companions(export.companions, root)
+        with Progress("export", total) as progress:
+            write_weights(root, entries, shape.dtype, progress, shard_size)
+        write_json(root / CONFIG, export.config)
+        for name, text in texts.items():
+            (root / name).write_text(text)
+            sync(root / name)
+    return export
+
+
+def plan(
+    load: Path,
+    format: str,
+    hf: Path | None = None,
+    acceptance: Path | None = None,
+    num_heads: int | None = None,
+    ckpt_step: int | None = None,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    full: bool = False,
+) -> Export:
+    """Check that an export is possible; arguments and errors are those of `export_hf`. Nothing is written."""
+    _, directory = resolve(load, ckpt_step)
+    source = read_metadata(directory)
+    problems = verify(directory, full, metadata=source)
+    if problems:
+        raise CheckpointError(f"{directory} cannot be exported: {problems[0]}. Load another with --ckpt-step.")
+    args = read_common_state(source).args
+    chosen = FORMATS[format]
+    heads = source.num_heads if num_heads is None else num_heads
+    if not 0 <= heads <= source.num_heads:
+        raise ValueError(f"--num-heads {heads}: the checkpoint has {source.num_heads} heads.")
+    stored = next((t.dtype for key, t in source.tensors.items() if key == "embedding.word_embeddings.weight"), None)
+    shape = shape_of(
+        args, 0 if chosen is TRUNK else heads, DTYPES[dtype] if dtype else stored or "float32", str(directory)
+    )
+    folder = _folder(hf, args)
+    config = read_json(folder / CONFIG) if folder and (folder / CONFIG).exists() else {}
+    rows = vocab_size or config.get("vocab_size") or args.get("vocab_size")
+    if not rows:
+        raise ValueError(
+            f"--vocab-size is missing: {directory} says that its embedding has {shape.padded_vocab_size} rows with "
+            "padding, not how many are tokens. Give the number of the tokenizer's tokens."
+        )
+    padded = source.tensors["embedding.word_embeddings.weight"].shape[0]
+    if rows > padded:
+        raise ValueError(f"--vocab-size {rows}: the checkpoint's embedding has {padded} rows.")
+    shape = replace(shape, vocab_size=rows, padded_vocab_size=padded)
+    known = config.get("model_type") in ARCHITECTURES
+    architecture = architecture_of(config["model_type"], str(folder)) if known else for_shape(shape)
+    if lacking := architecture.lacks(shape):
+        raise ValueError(
+            f"--hf {folder}: its architecture, {architecture.model_type}, cannot express the checkpoint's "
+            f"{', '.join(lacking)}. Give the folder that the model was imported from."
+        )
+    if reason := chosen.refuse(shape):
+        raise ValueError(f"--format {format} cannot hold this model: {reason}.")
+    if known and folder:
+        _compare(architecture, folder, shape)
+    measured = read_json(acceptance) if acceptance else None
+    return Export(source, shape, architecture, chosen, _config(architecture, shape, chosen, config), folder, measured)
+
+
+def _folder(hf: Path | None, args: dict[str, Any]) -> Path | None:
+    if hf is not None:
+        if not hf.is_dir():
+            raise ValueError(f"--hf {hf}: no such folder.")
+        return hf
+    named = args.get("tokenizer_model")
+    return Path(str(named)) if named and Path(str(named)).is_dir() else None
+
+
+def _compare(architecture: Architecture, folder: Path, shape: Shape) -> None:
+    """Raises ValueError where a folder's config.json describes another model than the checkpoint's."""
+    described = architecture.shape(
+        read_config(folder), shape.padded_vocab_size, shape.dtype, shape.max_positions, str(folder)
+    )
+    for name, value in vars(replace(described, num_heads=shape.num_heads, vocab_size=shape.vocab_size)).items():
+        if value != getattr(shape, name):
+            raise ValueError(
+                f"--hf {folder}: its config.json describes {name} {value}, the checkpoint has {getattr(shape, name)}. "
+                "Give the folder that the model was imported from."
+            )
+
+
+def _config(architecture: Architecture, shape: Shape, form: Format, found: dict[str, Any]) -> dict[str, Any]:
+    """config.json: the folder's own, where it is of this architecture and the format keeps it, or a new one."""
+    if found.get("model_type") == architecture.model_type and form in (TRUNK, TRANSFORMERS):
+        heads = {"num_mtp_layers", "num_nextn_predict_layers", "mtp_layer_types", "auto_map"}
+        base = {name: value for name, value in found.items() if name not in heads}
+        base |= {"torch_dtype" if "torch_dtype" in base else "dtype": shape.dtype, "vocab_size": shape.vocab_size}
+        base["max_position_embeddings"] = max(shape.max_positions, base.get("max_position_embeddings", 0))
+    else:
+        base = architecture.config(shape) | {name: found[name] for name in _CARRIED if name in found}
+    config = base | form.config(architecture, shape)
+    return config | ({"auto_map": card.auto_map()} if form is TRANSFORMERS else {})

@@ -1,0 +1,201 @@
+"""A Hugging Face folder becomes a checkpoint that our training and benchmarks load.
+
+The result is a `release` checkpoint: weights without a place in a run. Heads come from the folder if it has some (as
+`exporting` writes them for transformers), or start as copies of the trunk's last layer, or at random. What is no weight
+(config.json, tokenizer) goes along into `hf/`, where training finds the tokenizer and a later export the rest;
+`model.args` holds the flags that train the model.
+
+The result appears whole or not at all. Deliberately absent: quantised weights, but for GGUF, which transformers
+dequantises into a folder first (all of it in memory).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from megatron_mtpd.checkpoint.files import Progress, assembled, sync
+from megatron_mtpd.checkpoint.hf.architectures import Architecture, architecture_of
+from megatron_mtpd.checkpoint.hf.arguments import arguments, flags
+from megatron_mtpd.checkpoint.hf.folder import CONFIG, Folder, companions, copy_companions, read_config, refuse_overlap
+from megatron_mtpd.checkpoint.hf.formats import TRANSFORMERS
+from megatron_mtpd.checkpoint.hf.gguf_file import unpack
+from megatron_mtpd.checkpoint.hf.layouts import Layout
+from megatron_mtpd.checkpoint.hf.shape import Shape
+from megatron_mtpd.checkpoint.iterations import RELEASE, directory_of, write_tracker
+from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
+
+Init = Literal["last-layer", "random"]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ARGS_FILE = "model.args"
+COMPANIONS = "hf"
+_DIVISIBLE_BY = 128  # Megatron's own default
+
+
+@dataclass(frozen=True)
+class Import:
+    """What an import made: the checkpoint's shape, its architecture, and where its heads come from."""
+
+    shape: Shape
+    architecture: Architecture
+    heads: str
+
+
+def import_hf(
+    source: Path,
+    save: Path,
+    num_heads: int | None = None,
+    init: Init = "last-layer",
+    dtype: str | None = None,
+    max_positions: int | None = None,
+    seed: int = 1234,
+    force: bool = False,
+) -> Import:
+    """Convert the folder (or .gguf file) `source` into the checkpoint folder `save`.
+
+    Args:
+        num_heads: heads of the checkpoint; default: those of the folder, which are kept.
+        init: how heads start that the folder does not have.
+        dtype: fp32, bf16 or fp16; default: that of the folder's embedding (of a GGUF file: fp32).
+        max_positions: the longest sequence to train and decode; default: the folder's.
+        seed: of random heads.
+        force: replace what is in `save`.
+
+    Raises ValueError, naming the option or the entry of config.json, before anything is written.
+    """
+    refuse_overlap(source, save)
+    with _as_folder(source) as path:
+        folder = Folder(path)
+        architecture = architecture_of(folder.config.get("model_type"), str(source))
+        shape = _shape(folder, architecture, dtype, max_positions, str(source))
+        there = _heads_in(folder, shape)
+        heads = there if num_heads is None else num_heads
+        if heads < 0 or (there and heads > there):
+            raise ValueError(
+                f"--num-heads {heads}: {source} has {there} heads. Give at most that many, and make more of them with "
+                "tools/loop_extend.py afterwards."
+            )
+        shape = replace(shape, num_heads=heads)
+        with assembled(save, replace=force) as root:
+            copied = root / COMPANIONS
+            copied.mkdir()
+            copy_companions(path, copied)
+            shutil.copyfile(path / CONFIG, copied / CONFIG)
+            has_tokenizer = any(file.name.startswith("tokenizer") for file in companions(path))
+            tokenizer = str((save / COMPANIONS).resolve()) if has_tokenizer else None
+            directory = directory_of(root, RELEASE)
+            directory.mkdir()
+            _write(folder, directory, architecture, shape, None if there else init, tokenizer, seed)
+            args = root / ARGS_FILE
+            args.write_text("\n".join([f"# Flags of the model in {save.name}.", *flags(shape, tokenizer)]) + "\n")
+            sync(args)
+            write_tracker(root, RELEASE)
+    return Import(shape, architecture, "none" if not heads else "the folder's" if there else init)
+
+
+@contextmanager
+def _as_folder(source: Path) -> Iterator[Path]:
+    """The folder itself, or one that is made of a GGUF file."""
+    if source.suffix != ".gguf":
+        yield source
+    else:
+        with tempfile.TemporaryDirectory(prefix="gguf-") as name:
+            unpack(source, Path(name))
+            yield Path(name)
+
+
+def _shape(
+    folder: Folder, architecture: Architecture, dtype: str | None, max_positions: int | None, where: str
+) -> Shape:
+    config = read_config(folder.path)
+    embedding = next(layout for key, layout in architecture.model.items() if key.startswith("embedding.")).names[0]
+    found = str(folder.tensor(embedding).dtype).removeprefix("torch.")
+    if found not in DTYPES.values():
+        raise ValueError(f"{where}: its weights are {found}; only {', '.join(DTYPES.values())} can be converted.")
+    vocabulary = folder.shape(embedding)[0]
+    if vocabulary != config.vocab_size:
+        raise ValueError(f"{where}: {embedding} has {vocabulary} rows, config.json says {config.vocab_size}.")
+    padded = math.ceil(vocabulary / _DIVISIBLE_BY) * _DIVISIBLE_BY
+    chosen = DTYPES[dtype] if dtype else found
+    return architecture.shape(config, padded, chosen, max_positions, where)
+
+
+def _heads_in(folder: Folder, shape: Shape) -> int:
+    """How many heads a folder has, in the format of transformers."""
+    count = 0
+    while TRANSFORMERS.head_prefix(shape, count) + "eh_proj.weight" in folder.names:
+        count += 1
+    return count
+
+
+def _write(
+    folder: Folder,
+    directory: Path,
+    architecture: Architecture,
+    shape: Shape,
+    init: Init | None,
+    tokenizer: str | None,
+    seed: int,
+) -> None:
+    import torch
+
+    from megatron_mtpd.checkpoint.hf.torch_dist import Writer
+
+    dtype = getattr(torch, shape.dtype)
+    writer = Writer(directory)
+    table = list(architecture.trunk(shape))
+    if init is None:
+        table += [pair for head in range(shape.num_heads) for pair in TRANSFORMERS.head(architecture, shape, head)]
+    _check(folder, table, architecture, shape)
+    sizes = [sum(math.prod(folder.shape(name)) for name in layout.names) for _, layout in table]
+    total = sum(sizes) * ITEM_SIZES[shape.dtype]
+    free = shutil.disk_usage(directory).free
+    if total > free:
+        raise ValueError(f"--save needs {total / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB.")
+    with Progress("import", total) as progress:
+        for key, layout in table:
+            pieces = layout.join([folder.tensor(name).to(dtype) for name in layout.names], shape)
+            writer.tensor(key, pieces)
+            progress(sum(piece.nbytes for piece in pieces))
+    if init is not None:
+        from megatron_mtpd.checkpoint.hf.new_heads import write_heads
+
+        write_heads(writer, folder, architecture, shape, init, seed)
+    for module in shape.linear_modules():
+        writer.extra_state(module)
+    writer.finish(
+        {
+            "args": arguments(shape, dtype, tokenizer),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "num_floating_point_operations_so_far": 0,
+            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        }
+    )
+
+
+def _check(folder: Folder, table: list[tuple[str, Layout]], architecture: Architecture, shape: Shape) -> None:
+    """Raises ValueError where a tensor is not as large as config.json makes it, or nothing is known of it."""
+    known = set()
+    for key, layout in table:
+        for name, should in zip(layout.names, layout.shapes(shape.size_of(key), shape), strict=True):
+            known.add(name)
+            if folder.shape(name) != should:
+                raise ValueError(
+                    f"{folder.path}: {name} is {list(folder.shape(name))}, and config.json describes {list(should)}."
+                )
+    heads = [TRANSFORMERS.head_prefix(shape, head) for head in range(_heads_in(folder, shape))]
+    output = architecture.model["output_layer.weight"].names  # a tied model's file may have it all the same
+    known.update(output)
+    for name in folder.names:
+        if name not in known and not name.startswith(tuple(heads)) and not name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(
+                f"{folder.path}: {architecture.class_name} has no tensor {name}, and leaving it out could change what "
+                "the model computes."
+            )

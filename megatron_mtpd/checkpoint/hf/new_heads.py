@@ -1,0 +1,64 @@
+"""Heads for a model that has none: copies of the trunk's last layer, or random ones.
+
+A head computes `layer(eh_proj [enorm(embedding), hnorm(hidden)])`, normalises the result and hands it to the shared
+output layer. As a copy of the last layer (`last-layer`), the layer is the trunk's last one, the final norm the trunk's,
+and `eh_proj` adds its two inputs; every head is the same bytes, which training then tells apart. At random, linear
+layers are normal with Megatron's standard deviations and norms are ones, as they start in a pretraining.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_mtpd.checkpoint.hf.architectures import Architecture
+from megatron_mtpd.checkpoint.hf.folder import Folder
+from megatron_mtpd.checkpoint.hf.shape import Shape
+from megatron_mtpd.checkpoint.hf.torch_dist import Writer
+
+STD = 0.02
+_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def write_heads(writer: Writer, folder: Folder, architecture: Architecture, shape: Shape, init: str, seed: int) -> None:
+    """Add `shape.num_heads` heads to a checkpoint whose trunk is written. Raises ValueError for an unknown `init`."""
+    if init not in ("last-layer", "random"):
+        raise ValueError(f"--init {init}: choose last-layer or random.")
+    dtype = getattr(torch, shape.dtype)
+    random = torch.Generator().manual_seed(seed)
+    last = 2 * (shape.num_layers - 1)
+    block = [key for key, _ in architecture.block("{}.", 0, "")]
+    for head in range(shape.num_heads):
+        prefix = f"mtp.layers.{head}."
+        if init == "last-layer" and head:
+            for name in _parts(block):
+                writer.alias(prefix + name, f"mtp.layers.0.{name}")
+            continue
+        for name in _parts(block):
+            key = prefix + name
+            if init == "last-layer" and name.startswith("mtp_model_layer."):
+                layer, rest = name.removeprefix("mtp_model_layer.layers.").split(".", 1)
+                writer.alias(key, f"decoder.layers.{last + int(layer)}.{rest}")
+            elif init == "last-layer" and name == "final_layernorm.weight":
+                writer.alias(key, "decoder.final_norm.weight")
+            elif init == "last-layer" and name == "eh_proj.weight":
+                writer.tensor(key, [torch.eye(shape.hidden_size).repeat(1, 2).to(dtype)])
+            else:
+                writer.tensor(key, [_fresh(name, shape.size_of(key), shape, random).to(dtype)])
+
+
+def _parts(block: list[str]) -> list[str]:
+    """The names of all tensors of a head, without its prefix."""
+    layers = [f"mtp_model_layer.layers.{key}" for key in block]
+    return ["enorm.weight", "hnorm.weight", "eh_proj.weight", *layers, "final_layernorm.weight"]
+
+
+def _fresh(name: str, size: tuple[int, ...], shape: Shape, random: torch.Generator) -> Tensor:
+    if name.endswith(".bias"):
+        return torch.zeros(size)
+    if len(size) == 1:
+        return torch.ones(size)
+    scale = STD / math.sqrt(2.0 * shape.num_layers) if name.endswith(_OUTPUTS) else STD
+    return torch.randn(size, generator=random) * scale
