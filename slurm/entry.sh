@@ -4,6 +4,7 @@
 # A job is one attempt after another at the same work, under one job id. How an attempt can end:
 #   the ranks are done             the job is done
 #   the time limit is near (USR1)  the ranks save and exit, the job is requeued
+#   somebody asks for that (USR2)  the same, at once
 #   a node dies                    Slurm requeues the job
 #   a rank fails                   requeued if this attempt saved a checkpoint; else the job has failed, because what
 #                                  fails before that (a wrong option, a bad node) would fail again
@@ -87,7 +88,8 @@ start_job() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export MASTER_ADDR
     trap 'cancelled=1 interrupted=1' TERM
-    trap on_usr1 USR1
+    trap near_the_limit USR1
+    trap 'stop_ranks 0' USR2
 }
 
 # One job at a time in a run's folder: two would write over each other's checkpoints.
@@ -158,21 +160,26 @@ run_ranks() {
 }
 cancelled='' stopping='' interrupted='' teller='' stop_signal=USR1
 
-# Slurm's USR1 before the time limit: have the ranks save and exit. Repeated, because ranks that are still starting
-# ignore it. In the first minute and a half of a short job it means that the time limit is shorter than --signal asks
-# for: half of the limit is used then, instead of nothing.
-on_usr1() {
+# Slurm's USR1 before the time limit. In the first minute and a half of a short job it means that the limit is shorter
+# than --signal asks for: half of what is left is used then, instead of nothing.
+near_the_limit() {
     local end left=0 delay=0
-    interrupted=1
-    [ -z "$stopping" ] || return
-    stopping=1
     end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) && left=$((end - $(date +%s)))
     ((SECONDS > 90 || left < 0 || left > 1800)) || delay=$((left / 2))
-    told_at=$((SECONDS + delay))
-    say "USR1: the ranks get $stop_signal in $delay s"
+    stop_ranks "$delay"
+}
+
+# stop_ranks SECONDS: have the ranks save and exit. Told repeatedly, because ranks that are still starting ignore it.
+stop_ranks() {
+    interrupted=1
+    [ -z "$stopping" ] || ((SECONDS + $1 < told_at)) || return
+    [ -z "$teller" ] || kill "$teller" 2>/dev/null
+    stopping=1
+    told_at=$((SECONDS + $1))
+    say "the ranks get $stop_signal in $1 s"
     (
-        trap - TERM USR1
-        sleep "$delay"
+        trap - TERM USR1 USR2
+        sleep "$1"
         while scancel --signal="$stop_signal" "$SLURM_JOB_ID"; do sleep 10; done
     ) &
     teller=$!
@@ -184,7 +191,8 @@ preflight() {
     run_ranks "$log" "$MTPD_ROOT/tools/preflight.py" --shared "$RUN"
     status=$?
     dry_run && return
-    grep -h 'preflight: ' "$log" || tail -n 40 "$log"
+    grep -h 'preflight: ' "$log"
+    ((status == 0)) || grep -qs 'preflight: error' "$log" || explain "$log"
     [ -z "$cancelled" ] || exit 143
     ((status == 0)) || fail "the preflight failed: mend the node that it names, or leave it out (sbatch --exclude)."
 }
@@ -195,6 +203,9 @@ refuse_flags() {
     for flag; do
         [[ ! $flag =~ ^--(save|load|tensorboard-dir|exit-signal)(=|$) ]] ||
             fail "${flag%%=*}: leave it out, MTPD_RUN_DIR and MTPD_LOAD decide about it."
+        [[ ! $flag =~ ^--ckpt-step(=|$) ]] ||
+            fail "--ckpt-step: every start of the job would go back to it. Write the number into the" \
+                "latest_checkpointed_iteration.txt of those checkpoints instead."
     done
 }
 
@@ -251,7 +262,7 @@ attempt() {
         exit 0
     fi
     say "failed with exit status $status"
-    explain
+    explain "$LOG.log"
     if node_lost; then
         say "a node of this job no longer answers: waiting for Slurm to see it, and to requeue the job"
         sleep 900 &
@@ -262,8 +273,8 @@ attempt() {
     exit "$status"
 }
 
-explain() {
-    [ -e "$LOG.log" ] || return
-    "$PYTHON" "$MTPD_ROOT/slurm/explain.py" "$LOG.log" --ranks-per-node "$RANKS" \
-        --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || tail -n 40 "$LOG.log"
+explain() { # explain LOGFILE
+    [ -e "$1" ] || return
+    "$PYTHON" "$MTPD_ROOT/slurm/explain.py" "$1" --ranks-per-node "$RANKS" \
+        --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || tail -n 40 "$1"
 }

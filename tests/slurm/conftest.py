@@ -1,9 +1,13 @@
-"""The cluster that the tests of this folder share, and the jobs in it."""
+"""The cluster that the tests of this folder share, and the jobs in it.
+
+Where no cluster can be started the tests are skipped, with the reason; with REQUIRE_SLURM=1 they fail instead.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +23,14 @@ TOY = """\
 --num-layers 1 --mtp-num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2
 --seq-length 16 --max-position-embeddings 16 --normalization RMSNorm --swiglu --disable-bias-linear
 --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
---mock-data --tokenizer-type NullTokenizer --vocab-size 63 --split '90,5,5' --num-workers 1
+--mock-data --tokenizer-type NullTokenizer --vocab-size 63 --split '90,5,5' --num-workers 0
 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --lr-decay-style cosine
 --log-interval 1 --eval-interval 1000 --eval-iters 0 --save-interval 8 --no-create-attention-mask-in-dataloader
 """
-PATIENCE = 400
+NODES = 10
+PATIENCE = 600
 """Seconds that a test waits for a job: many times what it takes, because other work may have the processors."""
+JOBS = "tests/slurm/test_jobs.py"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -80,6 +86,13 @@ class Job:
         """Of the ranks, one a start."""
         return sorted(path for path in (self.run / "logs").glob("*.log") if "preflight" not in path.name)
 
+    def first_iteration(self, start: int) -> int:
+        """The one that a start of the job, counted from 0, trained first."""
+        log = (self.run / "logs" / f"pretrain_mtpd-{self.number}-{start}.log").read_text()
+        found = re.search(r" iteration +(\d+)/", log)
+        assert found, log[-3000:]
+        return int(found[1])
+
     def losses(self) -> dict[int, dict[str, float]]:
         """All that is reported of an iteration but its duration; the last report where there are several."""
         lines = (self.run / "tensorboard" / "metrics.jsonl").read_text().splitlines()
@@ -121,10 +134,10 @@ class Submit:
 def cluster() -> Iterator[Cluster]:
     reason = missing()
     if reason:
-        if os.environ.get("SLURM_TESTS") == "required":  # .ci/run
-            pytest.fail(f"no Slurm cluster here: {reason}")
+        if os.environ.get("REQUIRE_SLURM", "0") != "0":
+            pytest.fail(f"REQUIRE_SLURM is set, and there is no Slurm cluster: {reason}")
         pytest.skip(f"no Slurm cluster here: {reason}")
-    running = Cluster(nodes=12)
+    running = Cluster(NODES)
     yield running
     running.stop()
 
@@ -136,3 +149,15 @@ def submit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit
     (folder / "toy" / "model.args").write_text(TOY)
     (folder / "toy" / "nodes-1.args").touch()
     return Submit(cluster, folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of the tests on the cluster ran: a skip is easily overlooked."""
+    counts = {
+        outcome: sum(report.nodeid.startswith(JOBS) and report.when != "teardown" for report in reports)
+        for outcome, reports in terminalreporter.stats.items()
+        if outcome in ("passed", "failed", "error", "skipped")
+    }
+    if any(counts.values()):
+        ran = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+        terminalreporter.write_line(f"Slurm cluster: {ran}")

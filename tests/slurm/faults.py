@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_mtpd.training import pretrain
+from megatron_mtpd.training import pretrain  # here, as in the tool: a spawned checkpoint writer imports this file
 
-COLLECTIVES_WAIT = 30
+COLLECTIVES_WAIT = 60
 
 
 def parse(argv):
@@ -49,8 +49,6 @@ def pause():
 
 
 if __name__ == "__main__":
-    from megatron_mtpd.training import pretrain
-
     what, rank, iteration = os.environ["FAULT"].split(":")
     if what.endswith("!") or "SLURM_RESTART_COUNT" not in os.environ:
         what = what.removesuffix("!")

@@ -51,7 +51,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
-SlurmdTimeout=30
+# A dead node is noticed after SlurmdTimeout. The others are made long for machines that have more to do.
+SlurmdTimeout=40
+MessageTimeout=30
+BatchStartTimeout=120
 KillWait=10
 MinJobAge=3600
 GresTypes=gpu
@@ -67,20 +70,7 @@ def missing() -> str | None:
     absent = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
     if absent:
         return f"{', '.join(absent)} not found: apt-get install {PACKAGES}"
-    probe = [
-        "unshare",
-        "--net",
-        "--mount",
-        "--uts",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "ip",
-        "link",
-        "add",
-        "type",
-        "veth",
-    ]
+    probe = [*UNSHARE, "ip", "link", "add", "type", "veth"]
     done = subprocess.run(probe, capture_output=True, text=True, env=_environment())
     return f"namespaces are not allowed here: {done.stderr.strip()}" if done.returncode else None
 
@@ -94,12 +84,15 @@ def _environment() -> dict[str, str]:
 
 
 class Cluster:
-    """A running cluster of `nodes` nodes, node1 to nodeN, each with 16 processors and 8 GPUs that are not there."""
+    """A running cluster of `nodes` nodes, node1 to nodeN, each with 16 processors and 8 GPUs that are not there.
+
+    `folder / "local"` is a disk of each node's own; all else is shared.
+    """
 
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
         self.folder = Path(tempfile.mkdtemp(prefix="minislurm"))  # short: a socket's path has at most 107 characters
-        for name in ("munge", "state", "spool", "log", "dev"):
+        for name in ("munge", "state", "spool", "log", "dev", "local"):
             (self.folder / name).mkdir()
         self.folder.chmod(0o755)
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, nodes=nodes, last=10 + nodes))
@@ -125,8 +118,8 @@ class Cluster:
         for i in range(1, nodes + 1):
             self.power("on", f"node{i}")
         try:
-            self._inside = self.wait_until(self._first_process, 10)
-            self.wait_until(lambda: self.states().count("idle") == nodes, 60)
+            self._inside = self.wait_until(self._first_process, 60)
+            self.wait_until(lambda: self.states().count("idle") == nodes, 180)
         except BaseException:
             print(self.logs())
             self.stop()

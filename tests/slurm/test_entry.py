@@ -116,6 +116,7 @@ def test_extension_and_benchmark() -> None:
         ("pretrain_mtpd", "", {"SLURM_GPUS_PER_NODE": "0"}, "0 ranks a node"),
         ("pretrain_mtpd", "--save x", {}, "--save: leave it out"),
         ("pretrain_mtpd", "--load=x", {}, "--load: leave it out"),
+        ("pretrain_mtpd", "--ckpt-step 7", {}, "--ckpt-step: every start of the job would go back to it"),
         ("pretrain_mtpd", "", {"MTPD_DRY_RUN": "0"}, "submit it with sbatch"),
         ("pretrain_mtpd", "", {"MTPD_ROOT": "/nowhere"}, "submit from the checkout"),
         ("loop_extend", "", {"MTPD_HEADS": "4"}, "MTPD_LOAD is not set"),

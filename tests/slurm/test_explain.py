@@ -57,6 +57,15 @@ def test_the_rank_that_hangs_is_the_one_that_is_like_no_other(explained) -> None
     assert "threading.py" not in text, "only the main thread is shown"
 
 
+def test_ranks_that_nccl_aborts_leave_stacks_and_no_traceback(explained) -> None:
+    """Its watchdog ends them by SIGABRT, which Python's fault handler answers with the stacks."""
+    aborted = "".join(f"{rank}: Fatal Python error: Aborted\n{rank}: \n" + stack(rank, "step") for rank in (0, 2, 3))
+    text = explained(aborted + stack(1, "read_forever"))
+    assert text.startswith(
+        'Rank 1 on node1 was here when the step was ended:\n  File "work.py", line 9 in read_forever'
+    )
+
+
 def test_of_several_tracebacks_of_a_rank_the_last_counts(explained) -> None:
     text = explained(traceback(0, "KeyError: 'a'") + traceback(0, "ValueError: because of a"))
     assert text.startswith("Rank 0 on node1 failed first: ValueError: because of a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -61,6 +62,30 @@ def test_measure_reports_versions_and_a_folder_that_cannot_be_written(tmp_path: 
     assert "cannot write" in measure(0, 0, tmp_path / "missing").problems[0]
 
 
+def test_measure_reports_what_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mtpd.training.preflight.MODULES", ("json", "no_such_module"))
+    (problem,) = measure(0, 0, tmp_path).problems
+    assert problem.startswith("import no_such_module failed: ModuleNotFoundError")
+
+
+def test_measure_counts_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert measure(0, 0, tmp_path).problems == ("4 GPUs for 8 ranks",)
+
+
+def test_measure_reads_the_memory_of_the_rank_s_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", {5: (60e9, 80e9)}.__getitem__)
+    monkeypatch.setattr("torch.cuda.get_device_name", {5: "H100"}.__getitem__)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    report = measure(13, 5, tmp_path)
+    assert (report.gpu, report.gpu_memory, report.versions["nccl"]) == ("H100", (60.0, 80.0), "2.28.9")
+
+
 def test_bandwidth_counts_bytes_on_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 (n - 1) / n of 8 MB in half a second over 4 ranks: 24 MB/s."""
     clock = iter([0.0, 2.5])  # five rounds
@@ -71,11 +96,38 @@ def test_bandwidth_counts_bytes_on_the_bus(monkeypatch: pytest.MonkeyPatch) -> N
     assert bandwidth(0, 8_000_000) == pytest.approx(0.024)
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+def run(ranks: int, of: int, shared: Path, *flags: str) -> list[tuple[int, str]]:
+    """Exit status and output of the tool in the first `ranks` of `of` ranks."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-W", "ignore", ROOT / "tools" / "preflight.py", "--shared", tmp_path, "--wait", "1"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "preflight: error: no answer from ranks 1" in done.stdout
+    command = [sys.executable, "-W", "ignore", ROOT / "tools" / "preflight.py", "--shared", shared, *flags]
+    meeting = {"WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **meeting, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    ((status, output),) = run(1, 2, tmp_path, "--wait", "1")
+    assert status == 1
+    assert "preflight: error: no answer from ranks 1" in output
+
+
+def test_a_slow_network_is_named_with_its_bandwidth(tmp_path: Path) -> None:
+    """Everything else of two ranks of this machine is fit, and nothing is left in the folder."""
+    (status, output), (other_status, _) = run(2, 2, tmp_path, "--least-bandwidth", "1000000")
+    assert (status, other_status) == (1, 0)
+    assert "preflight: 2 ranks on 1 nodes, GPU: none" in output
+    assert re.search(r"preflight: all-reduce over 2 ranks: [\d.]+ GB/s bus bandwidth", output)
+    assert output.count("preflight: error:") == 1
+    assert "preflight: error: that is less than --least-bandwidth 1000000.0 asks for" in output
+    assert list(tmp_path.iterdir()) == []
