@@ -7,21 +7,19 @@ from pathlib import Path
 
 from megatron_mtpd.checkpoint.metadata import CheckpointError
 from megatron_mtpd.speculative.benchmark import run
-from megatron_mtpd.speculative.report import table
+from megatron_mtpd.speculative.report import for_terminal
 from megatron_mtpd.speculative.sampling import Sampling
 from megatron_mtpd.speculative.worker import Options
 
-EXAMPLE = """\
-example:
+EXAMPLE = """example:
   python tools/benchmark_acceptance.py --load runs/quickstart/checkpoints/mtpd --prompts gsm8k=test.jsonl mine.txt \\
       --num-heads 2 4 --output runs/acceptance          (torchrun --nproc-per-node 8 ... for the ranks of a node)
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=as_it_is)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="checkpoint, or the folder of a run")
     add("--ckpt-step", type=int, metavar="N", help="iteration to load [the last]")
@@ -40,6 +38,7 @@ def main() -> None:
     add("--batch-size", type=int, default=8, help="sequences at once, on each replica [%(default)s]")
     add("--ignore-eod", action="store_true", help="go on behind the end of a document")
     add("--teacher-forced", dest="teacher_forced_only", action="store_true", help="one pass over the text, no decoding")
+    add("--every-checkpoint", action="store_true", help="all checkpoints of the run that --load is the folder of")
     add("--tensor-model-parallel-size", dest="tensor_parallel", type=int, default=1, metavar="N", help="[%(default)s]")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights [as trained]")
     add("--tokenizer-type", help="[the checkpoint's]")
@@ -47,13 +46,14 @@ def main() -> None:
     add("--seed", type=int, default=1234, help="[%(default)s]")
     given = vars(parser.parse_args())
     try:
-        values = {name: given.pop(name) for name in ("temperature", "top_k", "top_p")}
-        sampling = Sampling(**values, sampled_drafts=given.pop("draft") == "sampled")
-        summary = run(Options(**given, sampling=sampling))
+        values = map(given.pop, ("temperature", "top_k", "top_p"))
+        sampling = Sampling(*values, sampled_drafts=given.pop("draft") == "sampled")
+        found = run(Options(**given, sampling=sampling))
     except (ValueError, CheckpointError) as error:
         sys.exit(f"benchmark_acceptance.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    if summary:
-        print(f"{table(summary)}\nPictures: {given['output']}/acceptance.html, all numbers: acceptance.json there.")
+    if found:
+        print(for_terminal(found, given["output"]))
+        sys.exit(not found["complete"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the quickstart shows of its two runs: summary.json, a table, and a picture."""
+"""What the quickstart shows of its two runs: summary.json, a table of what was learned, and a picture."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from toy import TOKENS_PER_STEP, final_validation, metrics_file, records
 
+from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.provenance import provenance
 
 TITLES = {"mtp": "plain MTP", "mtpd": "MTP-D"}
@@ -19,10 +20,14 @@ def summarize(out: Path, commands: dict[str, list[str]], steps: int, seed: int) 
         curve = [[r["iteration"], r["lm loss"]] for r in records(metrics_file(command)) if "lm loss" in r]
         summary[variant] = {**final_validation(command), "curve": curve}
     summary["provenance"] = {**provenance(), "training_tokens": steps * TOKENS_PER_STEP, "seed": seed}
-    partial = out / "summary.json.part"
-    partial.write_text(json.dumps(summary, indent=1))
-    partial.rename(out / "summary.json")
+    write(summary, out)
     return summary
+
+
+def write(summary: dict, out: Path) -> None:
+    """summary.json, whole or not at all."""
+    with written_whole(out / "summary.json") as file:
+        file.write(json.dumps(summary, indent=1).encode())
 
 
 def print_table(summary: dict) -> None:
@@ -55,13 +60,13 @@ def print_table(summary: dict) -> None:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Main loss over training, and cumulative acceptance by head, of both variants."""
+    """Of both variants: main loss over training, cumulative acceptance by head, and speed of decoding."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (loss, acceptance) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (loss, acceptance, speed) = pyplot.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     variants = [v for v in TITLES if v in summary]
     for i, variant in enumerate(variants):
         data, title = summary[variant], f"{TITLES[variant]} (held out: {summary[variant]['main_loss']:.3f})"
@@ -71,10 +76,19 @@ def draw(summary: dict, path: Path) -> None:
         places = [k + 1 + (i - 0.5) * 0.38 for k in range(len(rates))]
         bars = acceptance.bar(places, rates, 0.36, label=TITLES[variant])
         acceptance.bar_label(bars, fmt="%.0f", fontsize=8)
+        runs = data["decoding"]["runs"]
+        heads = [run["num_heads"] for run in runs]
+        speedups = [run["speedup_vs_autoregressive"] for run in runs]
+        speed.plot(heads, speedups, "o-", color=f"C{i}", label=TITLES[variant])
+        limits = [run["acceptance_length"] or 1.0 for run in runs]
+        speed.plot(heads, limits, ":", color=f"C{i}", label="its limit: tokens a step")
     loss.set(title="Main head", xlabel="step", ylabel="training loss (nats)")
     acceptance.set(title="Heads: accepted with all before", xlabel="head", ylabel="% of drafts, held-out text")
+    speed.set(title="Decoding: speed over plain decoding", xlabel="heads", ylabel="x")
+    speed.axhline(1.0, color="grey", linewidth=0.8)
+    speed.set_xticks(range(len(summary[variants[0]]["heads"]) + 1))
     acceptance.set_xticks(range(1, len(summary[variants[0]]["heads"]) + 1))
-    for axis in (loss, acceptance):
+    for axis in (loss, acceptance, speed):
         axis.legend()
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

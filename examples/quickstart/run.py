@@ -1,8 +1,9 @@
 """Quickstart: plain MTP and MTP-D, from the same seed, on Python's own sources, on a CPU in a few minutes.
 
 What it does, by the same steps as a real run: train a tokenizer, tokenize text, pretrain twice with the real entry
-(once with the distillation's weight at 0), and show what each head learned beside the main head's loss. Everything is
-written under runs/quickstart; a new run replaces the results of the last one and keeps the data.
+(once with the distillation's weight at 0), show what each head learned beside the main head's loss, and decode with the
+heads: how many of their drafts the main head accepts, and what that makes of the speed. Everything is written under
+runs/quickstart; a new run replaces the results of the last one and keeps the data.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report import draw, print_table, summarize
+from decoding import decode, print_decoding
+from report import TITLES, draw, print_table, summarize, write
 from toy import ROOT, prepare_data, train, training_command
 
 VARIANTS = {"mtp": ["--mtpd-beta", "0"], "mtpd": []}
@@ -26,14 +28,16 @@ NUM_HEADS = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained."""
+    """How much is trained, and how much is decoded."""
 
     steps: int
     eval_iters: int
+    prompts: int
+    num_heads: tuple[int, ...]
 
 
-FULL = Scale(steps=600, eval_iters=20)
-QUICK = Scale(steps=90, eval_iters=4)
+FULL = Scale(steps=600, eval_iters=20, prompts=24, num_heads=(1, 2, 4))
+QUICK = Scale(steps=90, eval_iters=4, prompts=6, num_heads=(1, 4))
 
 
 def main() -> None:
@@ -52,14 +56,14 @@ def main() -> None:
     out = options.output.resolve()
     start = time.time()
 
-    print("1/3 Text: Python's standard library, tokenized with SentencePiece", flush=True)
+    print("1/4 Text: Python's standard library, tokenized with SentencePiece", flush=True)
     data = prepare_data(out / "data")
-    for old in ("checkpoints", "tensorboard"):
+    for old in ("checkpoints", "tensorboard", "acceptance"):
         shutil.rmtree(out / old, ignore_errors=True)
     for old in ("summary.json", "summary.png"):
         (out / old).unlink(missing_ok=True)
 
-    print(f"2/3 Training plain MTP and MTP-D side by side, {scale.steps} steps each", flush=True)
+    print(f"2/4 Training plain MTP and MTP-D side by side, {scale.steps} steps each", flush=True)
     commands = {
         variant: training_command(
             data,
@@ -74,12 +78,19 @@ def main() -> None:
     }
     train(commands, out, scale.steps)
 
-    print("3/3 What was learned, on text that was held out", flush=True)
+    print("3/4 What was learned, on text that was held out", flush=True)
     summary = summarize(out, commands, scale.steps, options.seed)
-    draw(summary, out / "summary.png")
     print_table(summary)
+
+    print("\n4/4 Decoding with the heads", flush=True)
+    for variant, found in decode(out, list(VARIANTS), scale.prompts, list(scale.num_heads)).items():
+        summary[variant]["decoding"] = found
+    write(summary, out)
+    draw(summary, out / "summary.png")
+    print_decoding(TITLES, {variant: summary[variant]["decoding"] for variant in VARIANTS})
     shown = os.path.relpath(out)
     print(f"\n{time.time() - start:.0f} s. Picture: {shown}/summary.png, numbers: {shown}/summary.json")
+    print(f"Of the decoding:   {shown}/acceptance/mtpd/acceptance.html")
     print(f"To watch it:       .venv/bin/tensorboard --logdir {shown}/tensorboard")
     print(f"The real command:  head -1 {shown}/mtpd.log")
 

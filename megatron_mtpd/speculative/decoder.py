@@ -34,7 +34,8 @@ Deliberately absent: queues of prompts (`generate`), pipeline parallelism, CUDA 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -111,6 +112,8 @@ class Decoder:
             raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
         self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
         self._rotary = self._rotary_table(capacity + 1)
+        self.draft_seconds = 0.0
+        """Of all steps so far, the time that went into drafting."""
 
     def _rotary_table(self, length: int) -> layers.RotaryTable | None:
         model = self.model
@@ -229,12 +232,24 @@ class Decoder:
         `uniform`: fp64 [active, 2 * num_heads + 1] on the CPU, for sampling: drafts, acceptances, next token.
         """
         uniform = None if uniform is None else uniform.to(self.device)
+        begin = self._mark()
         num_drafted, drafts, offered = self._draft(active, uniform)
+        end = self._mark()
         tokens, num_accepted = self._verify(active, num_drafted, drafts, offered, uniform)
         host = torch.cat([tokens, num_accepted.unsqueeze(1), num_drafted.unsqueeze(1)], 1).tolist()
+        # The line above has waited for the device, so that both marks have passed.
+        self.draft_seconds += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
         committed = [row[: row[-2] + 1] for row in host]
         self._commit(active, torch.tensor([len(row) for row in committed]), drafts.shape[1])
         return Step(committed, [row[-1] for row in host])
+
+    def _mark(self) -> Any:
+        """A point in time; on a GPU an event, which nobody waits for."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _draft(self, active: int, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """How many drafts of each row count [b], the drafts [b, k], and what they were drawn from [b, k, V]."""

@@ -38,6 +38,7 @@ class Generation:
         num_steps: passes of the main model after the prompt's.
         seconds: time since the generation before it was done. The sum over all is the time of the whole.
         prefill_seconds: the part of it that went into prompts.
+        draft_seconds: the part of it that went into drafting.
     """
 
     key: int
@@ -46,6 +47,7 @@ class Generation:
     num_steps: int = 0
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
 
 
 @dataclass
@@ -76,7 +78,7 @@ def generate(
     """Continue the requests, in the order in which they end. Raises ValueError for one that does not fit."""
     waiting = iter(requests)
     rows: list[_Row] = []
-    clock = _Clock(decoder.device)
+    clock = _Clock(decoder)
     while True:
         arrived = [_row(decoder, r, seed) for r in islice(waiting, decoder.state.slots - len(rows))]
         if arrived:
@@ -97,8 +99,9 @@ def generate(
                 if row is not last:
                     decoder.state.move(len(rows), slot)
                     rows[slot] = last
-                row.generation.seconds, row.generation.prefill_seconds = clock.lap()
-                yield row.generation
+                mine = row.generation
+                mine.seconds, mine.prefill_seconds, mine.draft_seconds = clock.lap()
+                yield mine
         if rows:
             _step(decoder, rows, eod)
 
@@ -128,14 +131,15 @@ def _step(decoder: Decoder, rows: list[_Row], eod: int | None) -> None:
 
 
 class _Clock:
-    """Wall time between laps, and how much of it was prefill."""
+    """Wall time between laps, and how much of it was prefill and drafting."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._lap, self._prefill, self._begin = device, time.perf_counter(), 0.0, 0.0
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._draft = decoder, decoder.draft_seconds
+        self._lap, self._prefill, self._begin = time.perf_counter(), 0.0, 0.0
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._decoder.device.type == "cuda":
+            torch.cuda.synchronize(self._decoder.device)
         return time.perf_counter()
 
     def prefill_begins(self) -> None:
@@ -144,8 +148,8 @@ class _Clock:
     def prefill_ends(self) -> None:
         self._prefill += self._now() - self._begin
 
-    def lap(self) -> tuple[float, float]:
-        now = self._now()
-        seconds, prefill = now - self._lap, self._prefill
-        self._lap, self._prefill = now, 0.0
-        return seconds, prefill
+    def lap(self) -> tuple[float, float, float]:
+        now, draft = self._now(), self._decoder.draft_seconds
+        parts = now - self._lap, self._prefill, draft - self._draft
+        self._lap, self._prefill, self._draft = now, 0.0, draft
+        return parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron.training.argument_utils import hybrid_config_from_args  # noqa: E4
 
 from megatron_mtpd.checkpoint.iterations import Iteration, resolve  # noqa: E402
 from megatron_mtpd.checkpoint.metadata import CheckpointError, read_metadata  # noqa: E402
+from megatron_mtpd.config import MTPDConfig  # noqa: E402
 from megatron_mtpd.model import MTPDModel, MTPDModelBuilder, MTPDModelConfig  # noqa: E402
 from megatron_mtpd.speculative.attention import cached_spec  # noqa: E402
 
@@ -52,12 +54,11 @@ class Loaded:
 def start_distributed(tensor_parallel: int = 1) -> None:
     """Join the job of torchrun or srun, or be alone, and make the process groups. Once a process.
 
-    Raises ValueError when the tensor-parallel size does not divide the number of ranks.
+    Raises ValueError when the tensor-parallel size does not divide the number of ranks, and for what `ranks_of_slurm`
+    refuses.
     """
     if not dist.is_initialized():
-        for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-            if slurm in os.environ and "MASTER_ADDR" in os.environ:
-                os.environ.setdefault(name, os.environ[slurm])
+        os.environ.update(ranks_of_slurm(os.environ))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -73,6 +74,23 @@ def start_distributed(tensor_parallel: int = 1) -> None:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
         model_parallel_cuda_manual_seed(1234)
+
+
+def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of torchrun that are missing, from those of srun.
+
+    Raises ValueError for several tasks without an address: each would take itself for the only one.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise ValueError(
+            f"srun has started {tasks} tasks, and they do not know where to meet: export MASTER_ADDR (the first node) "
+            "and MASTER_PORT (a free port there) before it, or use slurm/benchmark_acceptance.sh."
+        )
+    if "MASTER_ADDR" not in environment:
+        return {}
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    return {name: environment[s] for name, s in names.items() if s in environment and name not in environment}
 
 
 def load(path: Path, ckpt_step: int | None = None, dtype: str | None = None) -> Loaded:
@@ -156,6 +174,7 @@ def build(args: Namespace) -> MTPDModel:
 def build_from_config(config: MTPDModelConfig) -> MTPDModel:
     """The whole model with attention that decodes, on this tensor-parallel group, in evaluation mode."""
     config.hybrid_stack_spec = cached_spec(config.transformer)
+    config.mtpd = MTPDConfig(objective="kl")  # nothing is trained: of its report, the distillation is not read
     model = MTPDModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     if torch.cuda.is_available():
         model.cuda()

@@ -1,10 +1,7 @@
 """What the benchmark shows: `acceptance.json`, a table, pictures, TensorBoard and a page of HTML, from the same
 numbers.
 
-Counts are sums over prompts. Speed is the sum over replicas of tokens over busy time, so it says what all of them do at
-once and not how evenly the last prompts were spread. A speedup compares with the same prompts and batch size.
-
-Deliberately absent: measuring.
+Deliberately absent: the numbers; `summary` makes them.
 """
 
 from __future__ import annotations
@@ -13,119 +10,12 @@ import base64
 import html
 import io
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from megatron_mtpd.checkpoint.files import written_whole
-from megatron_mtpd.provenance import provenance
-from megatron_mtpd.speculative import cost
-from megatron_mtpd.speculative.counts import Acceptance
-from megatron_mtpd.speculative.prompts import Prompt
-from megatron_mtpd.speculative.teacher_forced import TeacherForced, add
 
-OVERALL = "overall"
-
-
-def summarize(
-    prompts: list[Prompt], lines: list[dict[str, Any]], runs: list[int | str], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that `acceptance.json` holds. `lines`: the results of single prompts, whatever their order."""
-    lines = sorted((line for line in lines if line["prompt"] < len(prompts)), key=lambda line: line["prompt"])
-    good: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    failed: dict[int, str] = {}
-    for line in lines:
-        if "error" in line:
-            failed[line["prompt"]] = line["error"]
-        else:
-            good[line["run"]].append(line)
-    names = [OVERALL, *dict.fromkeys(p.benchmark for p in prompts)]
-    decoding = sorted(run for run in good if isinstance(run, int))
-    found = {run: {n: _run(good[run], prompts, n) for n in names} for run in decoding}
-    for run, by_name in found.items():
-        for name, values in by_name.items():
-            speeds = {base: found[base][name]["tokens_per_second"] for base in (0, 1) if base in found}
-            values["tokens_per_second_autoregressive"] = speeds.get(0)
-            values["speedup_vs_autoregressive"] = _ratio(values["tokens_per_second"], speeds.get(0))
-            values["speedup_vs_one_head"] = _ratio(values["tokens_per_second"], speeds.get(1))
-        if run and settings["temperature"] == 0:
-            plain = {line["prompt"]: line["tokens"] for line in good[0]}
-            both = [line for line in good[run] if line["prompt"] in plain]
-            equal = sum(line["tokens"] == plain[line["prompt"]] for line in both)
-            by_name[OVERALL]["outputs_equal_to_plain"] = f"{equal} of {len(both)}"
-    forced = {n: _teacher_forced(good["teacher_forced"], prompts, n) for n in names}
-    missing = sum(len(prompts) - sum(line["run"] == run for line in lines) for run in runs)
-    return {
-        "runs": [{"num_heads": k, **v[OVERALL], "benchmarks": {n: v[n] for n in names[1:]}} for k, v in found.items()],
-        "teacher_forced": {**forced[OVERALL], "benchmarks": {n: forced[n] for n in names[1:]}},
-        "step_cost": _cost(found, good),
-        "num_prompts": len(prompts),
-        "num_truncated_prompts": sum(line["cut"] > 0 for line in good["teacher_forced"]),
-        "failed_prompts": [{"prompt": prompts[i].name, "error": why} for i, why in sorted(failed.items())],
-        "complete": not missing,
-        "num_missing": missing,
-        "settings": settings,
-        "provenance": provenance(),
-    }
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
-def _of(lines: list[dict[str, Any]], prompts: list[Prompt], name: str) -> list[dict[str, Any]]:
-    return [line for line in lines if name in (OVERALL, prompts[line["prompt"]].benchmark)]
-
-
-def _run(lines: list[dict[str, Any]], prompts: list[Prompt], name: str) -> dict[str, Any]:
-    lines = _of(lines, prompts, name)
-    counts = [Acceptance(**line["acceptance"]) for line in lines]
-    tokens, seconds = defaultdict(int), defaultdict(float)
-    for line in lines:
-        tokens[line["rank"]] += len(line["tokens"])
-        seconds[line["rank"]] += line["seconds"]
-    return {
-        **sum(counts[1:], counts[0] if counts else Acceptance()).report(),
-        "num_prompts": len(lines),
-        "num_tokens": sum(tokens.values()),
-        "num_steps": sum(line["num_steps"] for line in lines),
-        "tokens_per_second": sum(tokens[rank] / seconds[rank] for rank in tokens) or None,
-    }
-
-
-def _teacher_forced(lines: list[dict[str, Any]], prompts: list[Prompt], name: str) -> dict[str, Any]:
-    total = None
-    for line in _of(lines, prompts, name):
-        values = {k: line[k] for k in ("loss_sum", "loss_tokens", "heads_loss_sum", "heads_loss_tokens")}
-        one = TeacherForced(Acceptance(**line["acceptance"]), **values)
-        total = one if total is None else add(total, one)
-    return total.report() if total else {"main_loss": None}
-
-
-def _cost(found: dict[int, dict[str, Any]], good: dict[Any, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """The fitted cost of a step, what it predicts, and which number of heads is fastest, predicted and measured."""
-    seconds = {}
-    for run in found:
-        steps = sum(line["num_steps"] for line in good[run])
-        if steps:
-            seconds[run] = sum(line["seconds"] - line["prefill_seconds"] for line in good[run]) / steps
-    if len(seconds) < 2:
-        return None
-    fitted = cost.fit(seconds)
-    most = max(found)
-    rates = [rate or 0.0 for rate in found[most][OVERALL]["cumulative_acceptance_rate"]]
-    measured = {run: (1 + sum(rates[:run])) / s for run, s in seconds.items()}
-    return {
-        "seconds": {"base": fitted.base, "head": fitted.head, "position": fitted.position},
-        "measured_seconds_per_step": seconds,
-        "predicted_seconds_per_step": {run: fitted.seconds(run) for run in range(most + 1)},
-        "predicted_tokens_per_second": {run: fitted.tokens_per_second(rates, run) for run in range(most + 1)},
-        "best_num_heads_predicted": fitted.best_num_heads(rates),
-        "best_num_heads_measured": max(measured, key=lambda run: measured[run]),
-    }
-
-
-# --- what people read -------------------------------------------------------------------------------------------------
+SHOWN_SETTINGS = ("iteration", "temperature", "batch_size", "max_new_tokens", "dtype")
 
 
 def write(summary: dict[str, Any], directory: Path) -> None:
@@ -141,6 +31,43 @@ def write(summary: dict[str, Any], directory: Path) -> None:
         with written_whole(directory / name) as file:
             file.write(data)
     to_tensorboard(summary, directory)
+
+
+def write_checkpoints(whole: dict[str, Any], directory: Path) -> None:
+    """checkpoints.json, .txt, and TensorBoard events with all checkpoints of a run."""
+    files = {"checkpoints.json": json.dumps(whole, indent=1), "checkpoints.txt": checkpoints_table(whole)}
+    for name, text in files.items():
+        with written_whole(directory / name) as file:
+            file.write(text.encode())
+    for summary in whole["checkpoints"]:
+        to_tensorboard(summary, directory)
+
+
+def for_terminal(found: dict[str, Any], directory: Path) -> str:
+    """What a run, or one over many checkpoints, ends with."""
+    if "checkpoints" in found:
+        return (
+            f"{checkpoints_table(found)}\nAll: {directory}/checkpoints.json; each checkpoint has a page in its folder."
+        )
+    return f"{table(found)}\nPictures: {directory}/acceptance.html, all numbers: acceptance.json there."
+
+
+def checkpoints_table(whole: dict[str, Any]) -> str:
+    """The checkpoints of a run for a terminal: teacher-forced, and the run with the most heads where there are any."""
+    lines = [
+        f"{'iteration':>9} {'main loss':>9} {'decoded length':>14} {'x plain':>7}  teacher-forced AR | CAR (%) by head"
+    ]
+    for summary in whole["checkpoints"]:
+        forced = summary["teacher_forced"]
+        run = summary["runs"][-1] if summary["runs"] else {"acceptance_length": None, "speedup_vs_autoregressive": None}
+        numbers = (forced["main_loss"], run["acceptance_length"], run["speedup_vs_autoregressive"])
+        shown = ["-" if x is None else f"{x:.{d}f}" for x, d in zip(numbers, (4, 2, 2), strict=True)]
+        rates = [_percent(forced.get(name, [])) for name in ("acceptance_rate", "cumulative_acceptance_rate")]
+        iteration = str(summary["settings"]["iteration"])
+        lines.append(f"{iteration:>9} {shown[0]:>9} {shown[1]:>14} {shown[2]:>7}  {' | '.join(rates)}")
+    if not whole["complete"]:
+        lines += ["", "Some results are missing: run the same command again."]
+    return "\n".join(lines) + "\n"
 
 
 def _percent(rates: list[float | None]) -> str:
@@ -167,9 +94,15 @@ def table(summary: dict[str, Any]) -> str:
         rates = f"{_percent(run['acceptance_rate'])} | {_percent(run['cumulative_acceptance_rate'])}"
         front = f"{run['num_heads']:>5} {run['num_drafts']:>8} {shown[0]:>7} {shown[1]:>9} {shown[2]:>8} {shown[3]:>8}"
         lines.append(f"{front}  {rates}")
+    if summary["runs"] and len(summary["runs"][-1]["benchmarks"]) > 1:
+        lines += ["", f"by benchmark, {summary['runs'][-1]['num_heads']} heads"]
+        lines += [_benchmark_row(name, values) for name, values in summary["runs"][-1]["benchmarks"].items()]
     if step := summary["step_cost"]:
         lines += [
             "",
+            "a step, without the prompts' own passes: measured, and in brackets what the cost model makes of it",
+            f"{'heads':>5} {'draft ms':>16} {'verify ms':>16} {'tokens':>14} {'tokens/s':>16}",
+            *(_cost_row(row) for row in step["by_num_heads"]),
             f"fastest number of heads: {step['best_num_heads_predicted']} by the cost model, "
             f"{step['best_num_heads_measured']} among those measured",
         ]
@@ -178,6 +111,27 @@ def table(summary: dict[str, Any]) -> str:
     if not summary["complete"]:
         lines += ["", f"{summary['num_missing']} results are missing: run the same command again."]
     return "\n".join(lines) + "\n"
+
+
+def _benchmark_row(name: str, values: dict[str, Any]) -> str:
+    numbers = (values["acceptance_length"], values["speedup_vs_autoregressive"])
+    length, speedup = ("-" if x is None else f"{x:.{d}f}" for x, d in zip(numbers, (3, 2), strict=True))
+    rates = _percent(values["cumulative_acceptance_rate"])
+    return f"{name:>20} {values['num_prompts']:>6} prompts  length {length:>6}  x plain {speedup:>5}  CAR (%) {rates}"
+
+
+def _cost_row(row: dict[str, Any]) -> str:
+    shown = [f"{row['num_heads']:>5}"]
+    for name, scale, digits, width in (
+        ("draft_seconds_per_step", 1000, 2, 7),
+        ("verify_seconds_per_step", 1000, 2, 7),
+        ("tokens_per_step", 1, 2, 5),
+        ("tokens_per_second", 1, 0, 7),
+    ):
+        measured = f"{row['measured'][name] * scale:.{digits}f}" if row["measured"] else "-"
+        predicted = f"({row['predicted'][name] * scale:.{digits}f})"
+        shown.append(f"{measured:>{width}} {predicted:>{width + 1}}")
+    return " ".join(shown)
 
 
 def draw(summary: dict[str, Any]) -> bytes:
@@ -206,11 +160,12 @@ def draw(summary: dict[str, Any]) -> bytes:
     if speeds:
         axes[2].plot(*zip(*speeds, strict=True), "o-", label="measured")
     if step := summary["step_cost"]:
-        predicted = step["predicted_tokens_per_second"]
-        axes[2].plot(list(predicted), [p / predicted[0] for p in predicted.values()], ":", label="cost model")
+        speeds = [row["predicted"]["tokens_per_second"] for row in step["by_num_heads"]]
+        axes[2].plot(range(len(speeds)), [speed / speeds[0] for speed in speeds], ":", label="cost model")
     axes[2].set(title="Speedup over plain decoding", xlabel="heads", ylabel="x")
     axes[2].axhline(1.0, color="grey", linewidth=0.8)
-    axes[2].legend()
+    if axes[2].get_legend_handles_labels()[0]:
+        axes[2].legend()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -244,11 +199,15 @@ def page(summary: dict[str, Any], text: str, picture: bytes) -> str:
     """One file of HTML that needs nothing else."""
     image = base64.b64encode(picture).decode()
     details = html.escape(json.dumps(summary, indent=1))
+    source, settings = summary["provenance"], summary["settings"]
+    facts = [f"{name.replace('_', ' ')} {settings[name]}" for name in SHOWN_SETTINGS]
+    facts += [f"{summary['num_prompts']} prompts", f"{source['date']}, commit {source['commit']}", source["command"]]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Acceptance</title>'
         "<style>body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
         "pre{overflow:auto;background:#f6f6f6;padding:1em}img{max-width:100%}</style>"
         f"<h1>Acceptance of {html.escape(summary['settings']['checkpoint'])}</h1>"
+        f"<p>{html.escape(' · '.join(map(str, facts)))}</p>"
         f'<pre>{html.escape(text)}</pre><img alt="rates and speedup" src="data:image/png;base64,{image}">'
         f"<details><summary>All numbers</summary><pre>{details}</pre></details></html>\n"
     )

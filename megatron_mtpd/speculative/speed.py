@@ -20,6 +20,8 @@ from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
 from megatron_mtpd.speculative.loading import Loaded
 
+PASSES: tuple[str, ...] = ("main model", "heads", "output layer")
+
 
 def llama_of_the_same_size(loaded: Loaded) -> Any:
     """transformers' LlamaForCausalLM with the shapes and dtype of the checkpoint's main model, random weights."""
@@ -43,20 +45,28 @@ def llama_of_the_same_size(loaded: Loaded) -> Any:
 
 
 class _Timed:
-    """A decoder whose passes of the model are timed."""
+    """A decoder whose passes of the model are timed: seconds of each part."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.seconds = decoder, 0.0
-        decoder._run, decoder._logits = self._timing(decoder._run), self._timing(decoder._logits)
+        self.decoder, self.seconds = decoder, dict.fromkeys(PASSES, 0.0)
+        decoder._run = self._timing(decoder._run, lambda depth: PASSES[min(depth, 1)])
+        decoder._logits = self._timing(decoder._logits, lambda _: PASSES[2])
 
-    def _timing(self, function: Callable) -> Callable:
+    def _timing(self, function: Callable, part: Callable[[Any], str]) -> Callable:
         def timed(*args: Any) -> Any:
             start = _now(self.decoder)
             result = function(*args)
-            self.seconds += _now(self.decoder) - start
+            self.seconds[part(args[0])] += _now(self.decoder) - start
             return result
 
         return timed
+
+    def run(self, requests: list[Request]) -> dict[str, float]:
+        """Seconds of each part for the requests."""
+        self.seconds = dict.fromkeys(PASSES, 0.0)
+        for _ in generate(self.decoder, requests):
+            pass
+        return self.seconds
 
 
 def _now(decoder: Decoder) -> float:
@@ -104,11 +114,16 @@ def measure(
     best = _best({"transformers": transformers, "plain": ours(plain), "speculative": ours(drafting)}, rounds)
     # The passes alone, in turns of their own: the timers must not slow the others down.
     timed = {name: _Timed(decoder) for name, decoder in (("plain", plain), ("speculative", drafting))}
-    passes = _best({name: ours(t.decoder) for name, t in timed.items()}, rounds, lambda name: timed[name])
+    passes = _best(
+        {name: lambda t=t: t.run(requests) for name, t in timed.items()},
+        rounds,
+        lambda _, parts: sum(parts.values()),
+    )
     tokens = batch_size * new_tokens
-    steps = {name: sum(g.num_steps for g in best[name][1]) / batch_size for name in timed}
-    cost = {name: passes[name][0] / max(steps[name], 1) for name in timed}
-    tokens_a_step = (new_tokens - 1) / max(steps["speculative"], 1)
+    steps = {name: max(sum(g.num_steps for g in best[name][1]) / batch_size, 1) for name in timed}
+    profile = {name: _milliseconds(*passes[name], steps[name]) for name in timed}
+    cost = {name: sum(parts[part] for part in PASSES) for name, parts in profile.items()}
+    tokens_a_step = (new_tokens - 1) / steps["speculative"]
     speedup = best["plain"][0] / best["speculative"][0]
     bound = tokens_a_step / (cost["speculative"] / cost["plain"])
     return {
@@ -121,26 +136,33 @@ def measure(
         "speedup": speedup,
         "bound": bound,
         "speedup_over_bound": speedup / bound,
+        "milliseconds_a_step": profile,
     }
 
 
+def _milliseconds(total: float, parts: dict[str, float], steps: float) -> dict[str, float]:
+    """Of a step of the batch, prompts included; `rest` is all that is not the model: choosing, bookkeeping, timers."""
+    parts = parts | {"rest": total - sum(parts.values())}
+    return {name: 1000 * seconds / steps for name, seconds in parts.items()}
+
+
 def _best(
-    functions: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[str], _Timed] | None = None
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    key: Callable[[float, Any], float] = lambda seconds, _: seconds,
 ) -> dict[str, tuple[float, Any]]:
-    """The shortest time of each function over the rounds, in turns, after one turn to warm up; and its result."""
+    """Seconds and result of each function's best round by `key`, in turns, after one turn to warm up."""
     best: dict[str, tuple[float, Any]] = {}
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            if clock:
-                clock(name).seconds = 0.0
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             start = time.perf_counter()
             result = function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds = clock(name).seconds if clock else time.perf_counter() - start
-            if turn and (name not in best or seconds < best[name][0]):
+            seconds = time.perf_counter() - start
+            if turn and (name not in best or key(seconds, result) < key(*best[name])):
                 best[name] = (seconds, result)
     return best
 
@@ -156,4 +178,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['plain_over_transformers']:>20.2f} | {row['speedup']:>7.2f} {row['bound']:>6.2f}"
             f" {row['speedup_over_bound']:>6.0%}"
         )
+    lines += ["", f"batch heads | ms a step: {'  '.join((*PASSES, 'rest'))}   (rest: all that is not the model)"]
+    for row in rows:
+        for name, parts in row["milliseconds_a_step"].items():
+            shown = "  ".join(f"{parts[part]:>{len(part)}.2f}" for part in (*PASSES, "rest"))
+            share = parts["rest"] / sum(parts.values())
+            heads = 0 if name == "plain" else row["num_heads"]
+            lines.append(f"{row['batch_size']:>5} {heads:>5} | {'':10} {shown}   {share:.0%}")
     return "\n".join(lines)

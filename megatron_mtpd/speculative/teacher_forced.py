@@ -1,9 +1,10 @@
 """Acceptance without decoding: one pass over text, where every position starts a draft.
 
 Heads see the true tokens of the text, and a draft counts as accepted where the main head's argmax agrees. So it is not
-the acceptance of decoding, where the text is the model's own and greedy; it is fast, comparable between the checkpoints
-of a run, and the same measure that training reports (`losses.report`). The main head's loss stands beside it, because a
-model that is easier to predict is also accepted more often.
+the acceptance of decoding, where the text is the model's own; it is fast, and comparable between the checkpoints of a
+run. The numbers are the model's own report of its loss (`losses.report.LossReport`), the one that training writes at
+every validation: there is no second way of counting. The main head's loss stands beside them, because a model that is
+easier to predict is also accepted more often.
 
 Deliberately absent: sampling from text, data loading: the caller brings token ids.
 """
@@ -11,67 +12,76 @@ Deliberately absent: sampling from text, data loading: the caller brings token i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import batched
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mtpd.losses.alignment import head_masks, shift_left
-from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_gather, vocab_logsumexp
+from megatron_mtpd.losses.alignment import shift_left
 from megatron_mtpd.model import MTPDModel
-from megatron_mtpd.speculative.counts import Acceptance
+from megatron_mtpd.speculative.counts import Acceptance, rate, wilson
 
 
 @dataclass
 class TeacherForced:
-    """Sums over texts. Pairs of position and target that cross an end of document are left out, as in training."""
+    """Sums over texts; they add up with `+`. Lists have one entry a head. Pairs of position and target that cross an
+    end of document are left out, as in training."""
 
     acceptance: Acceptance
+    """A draft of head k counts where heads 1..k all have a target; `num_drafts` is that of head 1."""
     loss_sum: float = 0.0
     """Cross-entropy of the main head, in nats."""
     loss_tokens: int = 0
     heads_loss_sum: list[float] = field(default_factory=list)
     heads_loss_tokens: list[int] = field(default_factory=list)
+    overlap_sum: list[float] = field(default_factory=list)
+    """sum_v min(p, q) of main head and head: the acceptance of drafts that are sampled, over the drafts of the head."""
 
-    def report(self) -> dict:
-        """The fields of `Acceptance.report` and the losses in nats a token."""
-        heads = zip(self.heads_loss_sum, self.heads_loss_tokens, strict=True)
+    def __add__(self, other: TeacherForced) -> TeacherForced:
+        def added(a: Any, b: Any) -> Any:
+            return [x + y for x, y in zip(a, b, strict=True)] if isinstance(a, list) else a + b
+
+        return TeacherForced(*(added(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def report(self) -> dict[str, Any]:
+        """The fields of `Acceptance.report`, the overlap, and the losses in nats a token. CAR_k is of the drafts that
+        have k targets."""
+        drafted = self.acceptance.num_draft_tokens_per_pos
+        cumulative = list(zip(self.acceptance.num_accepted_tokens_per_pos, drafted, strict=True))
+        rates = [rate(*pair) for pair in cumulative]
         return {
             "main_loss": self.loss_sum / self.loss_tokens if self.loss_tokens else None,
             "main_loss_tokens": self.loss_tokens,
-            "heads_loss": [s / n if n else None for s, n in heads],
+            "heads_loss": _means(self.heads_loss_sum, self.heads_loss_tokens),
+            "overlap": _means(self.overlap_sum, drafted),
             **self.acceptance.report(),
+            "cumulative_acceptance_rate": rates,
+            "cumulative_acceptance_rate_interval": [wilson(*pair) for pair in cumulative],
+            "acceptance_length": 1 + sum(r or 0.0 for r in rates) if drafted and drafted[0] else None,
         }
 
 
-def measure(model: MTPDModel, texts: Iterable[list[int]], batch_size: int = 8, eod: int | None = None) -> TeacherForced:
+def _means(sums: list[float], counts: list[int]) -> list[float | None]:
+    return [s / n if n else None for s, n in zip(sums, counts, strict=True)]
+
+
+def measure(model: MTPDModel, texts: Iterable[list[int]], batch_size: int = 8) -> TeacherForced:
     """Acceptance of all heads against the main head on token sequences, and the losses. Every rank's own texts.
 
-    A draft is counted where all heads have a target; heads are then counted up to the first that fails.
+    Raises ValueError without any text.
     """
     total = None
-    for result in per_batch(model, texts, batch_size, eod):
-        total = result if total is None else add(total, result)
+    for result in per_batch(model, texts, batch_size):
+        total = result if total is None else total + result
     if total is None:
         raise ValueError("There is no text to measure on.")
     return total
 
 
-def add(a: TeacherForced, b: TeacherForced) -> TeacherForced:
-    return TeacherForced(
-        a.acceptance + b.acceptance,
-        a.loss_sum + b.loss_sum,
-        a.loss_tokens + b.loss_tokens,
-        [x + y for x, y in zip(a.heads_loss_sum, b.heads_loss_sum, strict=True)],
-        [x + y for x, y in zip(a.heads_loss_tokens, b.heads_loss_tokens, strict=True)],
-    )
-
-
 @torch.no_grad()
-def per_batch(
-    model: MTPDModel, texts: Iterable[list[int]], batch_size: int, eod: int | None
-) -> Iterator[TeacherForced]:
+def per_batch(model: MTPDModel, texts: Iterable[list[int]], batch_size: int) -> Iterator[TeacherForced]:
     """`measure` of each batch of texts."""
     device = next(model.parameters()).device
     for batch in batched(texts, batch_size):
@@ -81,33 +91,24 @@ def per_batch(
         for row, text in enumerate(batch):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text) - 1] = 1.0  # the last token has no target
-        yield _measure(model, ids.to(device), mask.to(device), eod)
+        yield _measure(model, ids.to(device), mask.to(device))
 
 
-def _measure(model: MTPDModel, ids: Tensor, mask: Tensor, eod: int | None) -> TeacherForced:
-    tp_group = model.pg_collection.tp if model.parallel_output else None
+def _measure(model: MTPDModel, ids: Tensor, mask: Tensor) -> TeacherForced:
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    main, heads, _ = model.hidden_states_of_all_heads(ids, positions, None)
-    size, num_heads = ids.shape[1], len(heads)
-    ends = None if eod is None else (ids == eod).t()
-    targets = shift_left(ids.t(), 1)
-    logits = model.logits(main).float()
-    choices = vocab_argmax(logits, tp_group)
-    loss = (vocab_logsumexp(logits, tp_group) - vocab_gather(logits, targets, tp_group)) * mask.t()
-    masks = head_masks(mask.t(), num_heads, ends, False)
-    agree, sums, tokens = [], [], []
-    for k, hidden in enumerate(heads, 1):
-        logits = model.logits(hidden).float()
-        ahead, target = shift_left(choices, k), shift_left(targets, k)
-        head_loss = (vocab_logsumexp(logits, tp_group) - vocab_gather(logits, target, tp_group)) * masks[k - 1]
-        agree.append(vocab_argmax(logits, tp_group) == ahead)
-        sums.append(head_loss.sum().item())
-        tokens.append(int(masks[k - 1].sum()))
-    counts = Acceptance.of_heads(num_heads)
-    if num_heads and size:
-        drafts = masks.prod(0) > 0
-        accepted = torch.stack(agree).long().cumprod(0).sum(0)[drafts]
-        histogram = accepted.bincount(minlength=num_heads + 1)
-        at_least = histogram.flip(0).cumsum(0).flip(0).tolist()  # drafts with at least so many accepted
-        counts = Acceptance(at_least[0], [at_least[0]] * num_heads, at_least[:-1], at_least[1:])
-    return TeacherForced(counts, loss.sum().item(), int(mask.sum()), sums, tokens)
+    labels = shift_left(ids.t(), 1).t()
+    losses = model(ids, positions, None, labels=labels, loss_mask=mask)
+    loss, tokens = float((losses.float() * mask).sum()), int(mask.sum())
+    if not model.mtp_process:
+        return TeacherForced(Acceptance.of_heads(0), loss, tokens)
+    report = model.loss_report
+    assert report is not None, "the model has just computed it"
+    drafted, reached, accepted = ([int(n) for n in c] for c in (report.drafted, report.reached, report.cumulative))
+    return TeacherForced(
+        Acceptance(drafted[0], drafted, reached, accepted),
+        loss,
+        tokens,
+        report.cross_entropy.tolist(),
+        [int(n) for n in report.tokens],
+        report.overlap.tolist(),
+    )

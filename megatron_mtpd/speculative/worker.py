@@ -55,6 +55,8 @@ class Options:
     mask_position_0: bool = False
     ignore_eod: bool = False
     teacher_forced_only: bool = False
+    every_checkpoint: bool = False
+    """Of the run that `load` is the folder of."""
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least 1.")
+        if self.every_checkpoint and self.ckpt_step is not None:
+            raise ValueError(f"--ckpt-step {self.ckpt_step} is one checkpoint: leave it out, or --every-checkpoint.")
 
 
 class NumberTokenizer:
@@ -108,6 +112,7 @@ class Worker:
     ) -> None:
         self.options, self.loaded, self.results = options, loaded, results
         self.prompts, self.tokenizer = prompts, tokenizer
+        loaded.model.eod_token_id = tokenizer.eod
         self.writes = parallel_state.get_tensor_model_parallel_rank() == 0
         self.replica = parallel_state.get_data_parallel_rank()
         self.replicas = parallel_state.get_data_parallel_world_size()
@@ -155,9 +160,8 @@ class Worker:
             self.results.append(run, index, **values)
 
     def _measure(self, share: list[int], advance: Callable[[int], None]) -> None:
-        eod = self.tokenizer.eod
         for index, ids, cut in self._tokens(share, TEACHER_FORCED, advance):
-            (result,) = per_batch(self.loaded.model, [ids], 1, eod)
+            (result,) = per_batch(self.loaded.model, [ids], 1)
             self._write(TEACHER_FORCED, index, {"cut": cut, **asdict(result)})
             advance(len(ids))
 

@@ -122,7 +122,17 @@ def test_files_and_fields(folder, tmp_path):
     assert summary["failed_prompts"] == [
         {"prompt": "second.jsonl:3", "error": "ValueError: invalid literal for int() with base 10: 'no'"}
     ]
-    assert {"commit", "versions", "hardware", "command", "date"} <= summary["provenance"].keys()
+    assert {"commit", "versions", "hardware", "checkpoint", "command", "date"} <= summary["provenance"].keys()
+    by_num_heads = summary["step_cost"]["by_num_heads"]
+    assert [row["num_heads"] for row in by_num_heads] == [0, 1, 2, HEADS]
+    assert [row["measured"] is None for row in by_num_heads] == [False, False, True, False]
+    for row in by_num_heads:
+        for values in (row["predicted"], row["measured"] or row["predicted"]):
+            seconds = values["draft_seconds_per_step"] + values["verify_seconds_per_step"]
+            assert values["tokens_per_second"] == pytest.approx(values["tokens_per_step"] / seconds)
+            assert 1 <= values["tokens_per_step"] <= 1 + row["num_heads"]
+    fastest = max((row for row in by_num_heads if row["measured"]), key=lambda r: r["measured"]["tokens_per_second"])
+    assert summary["step_cost"]["best_num_heads_measured"] == fastest["num_heads"]
     assert summary["settings"]["iteration"] == ITERATION
     assert (tmp_path / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/png;base64" in (tmp_path / "acceptance.html").read_text()
@@ -153,6 +163,25 @@ def test_a_half_written_line_is_measured_again(folder, truth, tmp_path):
     assert again["complete"] and counts(again) == (truth.num_drafts, truth.num_accepted_tokens_per_pos)
 
 
+def test_every_checkpoint_of_a_run_is_measured_and_a_rerun_measures_none_again(folder, tmp_path):
+    for iteration in (1, 20):
+        run(save, 1, str(tmp_path / "run" / f"iter_{iteration:07d}"))
+    (tmp_path / "run" / "iter_0000030").mkdir()  # its save was cut short
+    chosen = options(folder, tmp_path / "out", load=tmp_path / "run", every_checkpoint=True, teacher_forced_only=True)
+    (found,) = run(measure, 1, chosen)
+    assert json.loads(json.dumps(found)) == json.loads((tmp_path / "out" / "checkpoints.json").read_text())
+    assert found["complete"]
+    folders = [Path(one["settings"]["checkpoint"]).name for one in found["checkpoints"]]
+    assert folders == ["iter_0000001", "iter_0000020"]
+    alone = run(measure, 1, options(folder, tmp_path / "alone", teacher_forced_only=True))[0]
+    assert [one["teacher_forced"] for one in found["checkpoints"]] == [alone["teacher_forced"]] * 2  # the same weights
+    assert report.checkpoints_table(found).count(f"{alone['teacher_forced']['main_loss']:.4f}") == 2
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/results/*.jsonl")}
+    assert len(before) == 2
+    run(measure, 1, chosen)
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
 def refused(chosen):
     try:
         benchmark.run(chosen)
@@ -166,6 +195,8 @@ def test_results_of_other_settings_are_not_mixed(folder, tmp_path):
     assert "other settings (temperature)" in message
     (message,) = run(refused, 1, options(folder, tmp_path, num_heads=[9]))
     assert "--num-heads 9" in message
+    (message,) = run(refused, 1, options(folder, tmp_path, every_checkpoint=True))
+    assert "--every-checkpoint needs the folder of a run" in message
 
 
 def test_a_refused_command_writes_nothing(folder, tmp_path):

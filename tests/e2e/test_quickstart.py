@@ -34,7 +34,18 @@ def test_quickstart(tmp_path):
         assert rates == sorted(rates, reverse=True)
         assert 1 <= result["tokens_per_step"] <= 5
         assert (tmp_path / "checkpoints" / variant / "latest_checkpointed_iteration.txt").exists()
+        decoding = result["decoding"]
+        assert decoding["complete"] and [run["num_heads"] for run in decoding["runs"]] == [0, 1, 4]
+        for run in decoding["runs"][1:]:
+            assert 1 <= run["acceptance_length"] <= 1 + run["num_heads"]
+            assert run["speedup_vs_autoregressive"] > 0
+            assert run["outputs_equal_to_plain"] == "6 of 6"
+        # Same heads, other text: after so little training acceptance is far from even, but it is there.
+        assert decoding["runs"][-1]["num_accepted_tokens_per_pos"][0] > 0
+        assert decoding["step_cost"]["best_num_heads_predicted"] in range(5)
+        assert decoding["settings"]["checkpoint"].endswith(f"checkpoints/{variant}/iter_0000090")
         assert list((tmp_path / "tensorboard" / variant).glob("events.out.tfevents.*"))
     assert summary["mtp"]["main_loss"] != summary["mtpd"]["main_loss"], "the variants differ"
     assert (tmp_path / "summary.png").stat().st_size > 10_000
     assert "main head: loss" in done.stdout and "MTP-D" in done.stdout
+    assert "4 heads: tokens a step" in done.stdout and "speed over plain decoding" in done.stdout

@@ -80,9 +80,11 @@ def test_padding_drafts_do_not_count():
     assert accepted.tolist() == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0, sampled_drafts=True), Sampling(0.7, top_k=6, top_p=0.9)])
-def test_output_of_the_decoder_is_distributed_as_without_drafts(sampling):
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}])
+def test_output_of_the_decoder_is_distributed_as_without_drafts(options, sampled):
     """Pairs of tokens behind one prompt: exact probabilities by whole passes against many drafted continuations."""
+    sampling = Sampling(**options, sampled_drafts=sampled)
     number, vocabulary, prompt = 6_000, 8, [1, 5, 2]
     model = toy_model(2, vocabulary=vocabulary)
     with torch.no_grad():
