@@ -17,7 +17,7 @@ EXAMPLES = """\
 examples:
   python tools/loop_extend.py --load runs/4-heads/checkpoints --save runs/16-heads --num-heads 16
   python tools/loop_extend.py --load CKPT --save OUT --pattern 1,2,3,4,4,4,4,4 --dry-run
-then train or benchmark with --load OUT; without --keep-optimizer it starts at iteration 0.
+then benchmark with --load OUT, or train: --load OUT --mtp-num-layers 16 --mtpd-train new-heads (from iteration 0).
 """
 
 

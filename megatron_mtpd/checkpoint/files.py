@@ -129,7 +129,7 @@ class Progress:
             self._bar.update(count)
         elif self._label and now - self._said >= self._every:
             self._said = now
-            rate = self._done / (now - self._start)
+            rate = self._done / max(now - self._start, 1e-9)
             left = (self._total - self._done) / rate
             done = f"{self._done / max(self._total, 1):.0%}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
             print(f"{self._label}: {done}", file=sys.stderr, flush=True)

@@ -131,6 +131,8 @@ class Plan:
         args, values, old = state.args, state.values, self.source.num_heads
         if "mtp_num_layers" in args:
             args["mtp_num_layers"] = len(self.sources)
+        if args:  # what `--mtpd-train new-heads` leaves as it is
+            args["mtpd_old_heads"] = self.old_heads
         if args.get("hybrid_layer_pattern"):
             args["hybrid_layer_pattern"] = self.layer_pattern(args["hybrid_layer_pattern"])
         for name, value in args.items():  # one weight per head
@@ -147,6 +149,12 @@ class Plan:
                 args[name] = 0
         values["iteration"] = 0 if self.iteration == RELEASE else self.iteration
         return state.serialized()
+
+    @property
+    def old_heads(self) -> int:
+        """How many heads, from the first, are what they were, in front of others that are copies; 0 without copies."""
+        kept = next((k for k, old in enumerate(self.sources) if old != k), len(self.sources))
+        return kept if kept < len(self.sources) else 0
 
     def layer_pattern(self, pattern: str) -> str:
         """The hybrid layer pattern with the new heads; unchanged where it describes the main model alone."""
@@ -196,7 +204,7 @@ def make_plan(
     if wrong or not pattern:
         raise ValueError(f"--pattern names head {wrong[:1]}: the checkpoint has heads 1 to {old}.")
     if keep_optimizer:
-        _check_optimizer(source)
+        _check_optimizer(source, {head - 1 for head in pattern})
     if iteration is not None and iteration < 0:
         raise ValueError(f"--iteration is {iteration}: give a number of at least 0.")
     kept = state.values.get("iteration", saved_at) if keep_optimizer else RELEASE
@@ -225,7 +233,7 @@ def _check_heads(source: Metadata, state: CommonState) -> int:
     return heads
 
 
-def _check_optimizer(source: Metadata) -> None:
+def _check_optimizer(source: Metadata, heads: set[int]) -> None:
     slots = {optimizer_slot(key) for key in source.tensors if is_optimizer(key)}
     if not slots:
         raise ValueError(f"--keep-optimizer: {source.directory} has no optimizer state. Leave it out.")
@@ -233,6 +241,12 @@ def _check_optimizer(source: Metadata) -> None:
         raise ValueError(
             f"--keep-optimizer: the optimizer state in {source.directory} is in buckets that mix parameters. Save it "
             "with --dist-ckpt-optim-fully-reshardable, or leave out --keep-optimizer to start with a fresh one."
+        )
+    frozen = heads - {head_of(key) for key in source.tensors if is_optimizer(key)}
+    if frozen:
+        raise ValueError(
+            f"--keep-optimizer: head {min(frozen) + 1} in {source.directory} was frozen and has no optimizer state. "
+            "Leave it out to start with a fresh one."
         )
     unknown = slots - _MASTER_WEIGHTS - _MOMENTS
     if unknown:

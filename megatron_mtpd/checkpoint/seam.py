@@ -10,7 +10,8 @@ it. What they add:
   written over with it.
 - `replaces_trackers`: the tracker file changes at once. Megatron empties it, then writes it: killed or out of
   space between the two, the run could not resume, from any of its checkpoints.
-- `loads_checked`: every byte is checked before anything is loaded, by all ranks together.
+- `loads_checked`: every byte is checked before anything is loaded, by all ranks together; and what Megatron cannot load
+  is refused with the way out.
 
 What Megatron does by itself, and needs no help with: a write that fails (a full disk) raises on all ranks and
 leaves the tracker alone; data files, then `.metadata`, are on disk before `metadata.json` makes a directory a
@@ -28,11 +29,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_mtpd.checkpoint.common_state import LEGACY_FILE
+from megatron_mtpd.checkpoint.common_state import LEGACY_FILE, read_common_state
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_mtpd.checkpoint.iterations import TRACKER, check_loadable
-from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA
+from megatron_mtpd.checkpoint.iterations import RELEASE, TRACKER, check_loadable, directory_of
+from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError, is_optimizer, read_metadata
 
 
 def saves_whole(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +138,28 @@ def loads_checked(
         if root is None or not os.path.exists(os.path.join(root, TRACKER)):
             root = getattr(args, "pretrained_checkpoint", None) or root  # as Megatron chooses
         if root is not None and "://" not in str(root) and args.ckpt_format == "torch_dist":
-            check_loadable(Path(root), getattr(args, "ckpt_step", None), full(args))
+            iteration = check_loadable(Path(root), getattr(args, "ckpt_step", None), full(args))
+            if iteration not in (None, RELEASE) and root == getattr(
+                args, load_arg
+            ):  # others are loaded without optimizer
+                _check_experts(directory_of(Path(root), iteration), args)
         return original(*positional, load_arg=load_arg, **kwargs)
 
     return load_checkpoint
+
+
+def _check_experts(directory: Path, args: Any) -> None:
+    """Megatron 0.19 keeps the state of experts that are spread over ranks in an optimizer of its own, and loads it into
+    such a one only. Raises CheckpointError where it would fail half way, without a word about the reason.
+    """
+    now = getattr(args, "expert_model_parallel_size", 1)
+    if not getattr(args, "num_experts", None) or args.no_load_optim or args.finetune:
+        return
+    metadata = read_metadata(directory)
+    saved = read_common_state(metadata).args.get("expert_model_parallel_size") or 1
+    if (saved > 1) != (now > 1) and any(is_optimizer(key) for key in metadata.tensors):
+        raise CheckpointError(
+            f"--expert-model-parallel-size is {now}, and the optimizer state in {directory} was saved with {saved}: "
+            "Megatron loads it from 1 to 1, or from more than 1 to more than 1. Load the weights alone "
+            "(--no-load-optim), or change the size."
+        )

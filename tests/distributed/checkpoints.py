@@ -30,6 +30,6 @@ def save_checkpoint(directory: str, tensor_parallel: int = 1) -> MTPDModel:
     args = pretrain.parse([*FLAGS.split(), "--tensor-model-parallel-size", str(tensor_parallel)])
     model = loading.build(loading.decoding_args(args, HEADS, tensor_parallel))
     set_weights(model)
-    Path(directory).mkdir(exist_ok=True)
+    Path(directory).mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save({"args": args, "iteration": ITERATION, **model.sharded_state_dict()}, directory)
     return model

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_mtpd.checkpoint.iterations import write_tracker
+from megatron_mtpd.checkpoint.metadata import head_of
 
 TRUNK = {
     "embedding.word_embeddings.weight": (64, 16),
@@ -105,6 +106,7 @@ def save_checkpoint(
     iteration: int = 100,
     tp: int = 2,
     optimizer: str | None = "by parameter",
+    frozen_heads: int = 0,
     saver: Callable[..., Any] | None = None,
     **arguments: Any,
 ) -> Path:
@@ -128,6 +130,8 @@ def save_checkpoint(
         state["optimizer"] = {"param_groups": [{"lr": 0.1}], "state": {"common_step": torch.tensor(7.0)}}
         for slot in SLOTS:
             for key, tensor in model.tensors.items():
+                if (head := head_of(key)) is not None and head < frozen_heads:
+                    continue
                 value = tensor.float() if slot == "fp32_param" else torch.rand(tensor.shape)
                 state |= sharded(f"optimizer.state.{slot}.{key}", value, tp)
     elif optimizer == "buckets":

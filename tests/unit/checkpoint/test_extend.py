@@ -1,17 +1,24 @@
 """Extended checkpoints: what is in them, how they are written, what is refused, and what a kill leaves behind."""
 
 import json
+import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mtpd.checkpoint import extend as extend_module
+from megatron_mtpd.checkpoint import files
 from megatron_mtpd.checkpoint.extend import extend
+from megatron_mtpd.checkpoint.files import Progress
 from megatron_mtpd.checkpoint.inspection import describe
 from megatron_mtpd.checkpoint.integrity import verify
 from megatron_mtpd.checkpoint.iterations import TRACKER, read_tracker, resolve
@@ -106,6 +113,7 @@ def test_arguments_are_rewritten_and_all_others_kept(tmp_path):
     before, after = common_state(source), common_state(tmp_path / "out" / "release")
     changed = {
         "mtp_num_layers": 3,
+        "mtpd_old_heads": 2,
         "hybrid_layer_pattern": "*-*-/*-/*-/*-",
         "mtpd_beta": [0.1, 0.2, 0.1],
         "consumed_train_samples": 0,
@@ -150,12 +158,18 @@ def test_its_optimizer_state_is_kept_for_what_existed(run, tmp_path):
                 assert torch.equal(value, expected)
             else:
                 assert kept is not None and torch.equal(value, kept)
-    assert common_state(directory) == _with_heads(common_state(root / "iter_0000100"), 4)
+    expected = common_state(root / "iter_0000100")
+    vars(expected["args"]).update(mtp_num_layers=4, hybrid_layer_pattern="*-*-/*-/*-/*-/*-", mtpd_old_heads=2)
+    assert common_state(directory) == expected
 
 
-def _with_heads(state, heads):
-    state["args"].mtp_num_layers, state["args"].hybrid_layer_pattern = heads, "*-*-" + "/*-" * heads
-    return state
+@pytest.mark.parametrize(
+    ("pattern", "old_heads"),
+    [([1, 2, 3, 1], 3), ([1, 2, 3, 3, 3], 3), ([1, 2, 2], 2), ([2, 1, 3], 0), ([1, 2, 3], 0), ([1, 2], 0)],
+)
+def test_it_says_which_heads_are_old_in_front_of_copies(run, pattern, old_heads):
+    """0 where no head in front is what it was, or where no copy is behind them."""
+    assert make_plan(run[1], pattern=pattern).old_heads == old_heads
 
 
 def test_an_iteration_can_be_chosen(run, tmp_path):
@@ -211,6 +225,24 @@ def test_where_links_are_not_possible_it_copies(run, tmp_path, monkeypatch):
     monkeypatch.setattr(extend_module, "can_link", lambda source, directory: False)
     assert extend(make_plan(run[1], 6), tmp_path / "out") == "copy"
     assert all(file.stat().st_nlink == 1 for file in (tmp_path / "out" / "release").iterdir())
+
+
+def test_another_file_system_gets_a_copy_and_is_told_how_far_it_is(run, tmp_path, monkeypatch, capsys):
+    model, root = run
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    monkeypatch.setattr(extend_module, "Progress", partial(Progress, every=0.0))
+    monkeypatch.setattr(files, "BLOCK", 4096)
+    with tempfile.TemporaryDirectory(dir=shm) as other:
+        assert extend(make_plan(root, 6), Path(other) / "out") == "copy"
+        assert_holds(Path(other) / "out", looped(model, [0, 1, 2, 0, 1, 2]))
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.fullmatch(r"extend: \d+%, [\d,]+ MB/s, \d+ s left", line) for line in lines)
+    shares = [int(line.split()[1].rstrip("%,")) for line in lines]
+    assert len(shares) > 3
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
 
 
 def test_materialized_files_hold_every_tensor_once_and_nothing_else(run, tmp_path, monkeypatch):
@@ -321,6 +353,11 @@ def test_a_source_whose_arguments_contradict_it(tmp_path, wrong):
 
 
 def test_optimizer_state_that_cannot_be_kept(tmp_path):
+    model = Model(heads=2)
+    save_checkpoint(tmp_path / "frozen", model, frozen_heads=1)
+    with pytest.raises(ValueError, match=r"--keep-optimizer: head 1 in .* was frozen and has no optimizer state"):
+        make_plan(tmp_path / "frozen", 4, keep_optimizer=True)
+    make_plan(tmp_path / "frozen", pattern=[2, 2], keep_optimizer=True)
     for name, optimizer, message in (
         ("buckets", "buckets", "in buckets .* --dist-ckpt-optim-fully-reshardable"),
         ("none", None, "has no optimizer state"),
@@ -349,6 +386,27 @@ def test_an_error_is_one_line(run, tmp_path, pattern, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"loop_extend.py: error: --pattern {message}")
     assert done.stderr.count("\n") == 1
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("tool", ["loop_extend.py", "inspect_checkpoint.py"])
+def test_a_command_runs_nothing_that_a_checkpoint_contains(run, tmp_path, tool):
+    attack = Attack()
+    attack.target = tmp_path / "ran"
+    directory = run[1] / "iter_0000100"
+    (directory / "integrity.json").unlink(missing_ok=True)
+    (directory / ".metadata").write_bytes(pickle.dumps(attack))
+    more = ["--save", tmp_path / "out", "--num-heads", "6"] if tool == "loop_extend.py" else []
+    command = [sys.executable, TOOL.parent / tool, "--load", run[1], *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(r"\.metadata is damaged, or no checkpoint metadata: it names posix\.system", done.stderr)
+    assert not attack.target.exists()
+    assert not (tmp_path / "out").exists()
 
 
 # Runs the command over and over, killing it at its first, second, ... step that changes a file system.

@@ -250,3 +250,31 @@ def test_reading_every_byte_can_be_turned_off(loading):
     damage(arguments)
     load = seam.loads_checked(lambda model, load_arg: model, lambda: arguments, full=lambda args: False)
     assert load("model") == "model"
+
+
+@pytest.mark.parametrize(
+    ("now", "changes", "refused"),
+    [
+        (1, {}, True),
+        (2, {}, False),
+        (4, {}, False),
+        (1, {"no_load_optim": True}, False),
+        (1, {"finetune": True}, False),
+    ],
+)
+def test_optimizer_state_of_spread_experts_is_refused_with_the_way_out(save, tmp_path, now, changes, refused):
+    """As measured with megatron-core 0.19.2: from 2 to 1 it raises KeyError; the weights alone it loads."""
+    save_checkpoint(tmp_path / "run", Model(heads=1), saver=save, expert_model_parallel_size=2)
+    arguments = argparse.Namespace(
+        **{"load": str(tmp_path / "run"), "ckpt_step": None, "ckpt_format": "torch_dist", "num_experts": 8}
+        | {"no_load_optim": None, "finetune": False, "expert_model_parallel_size": now}
+        | changes
+    )
+    load = seam.loads_checked(lambda model, load_arg: model, lambda: arguments)
+    if refused:
+        with pytest.raises(
+            CheckpointError, match=r"--expert-model-parallel-size is 1, .* saved with 2: .*--no-load-optim"
+        ):
+            load("model")
+    else:
+        assert load("model") == "model"
