@@ -5,7 +5,7 @@ PYTHON_BIN := .venv/bin/python
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slurm lint format typecheck clean
+.PHONY: help env quickstart test test-slurm test-serving test-gpu lint format typecheck clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,8 +19,15 @@ quickstart: env ## Train, distil and benchmark a small model here, about 5 minut
 test: env ## Run the tests (ARGS="-k losses -x" goes to pytest)
 	$(PYTHON_BIN) -m pytest $(ARGS)
 
-test-slurm: env ## Run the tests that start a Slurm cluster here (root; slurmctld slurmd slurm-client munge iproute2)
+test-slurm: env ## Run only the tests on a Slurm cluster, which they start here (root; packages: slurm/README.md)
 	$(PYTHON_BIN) -m pytest tests/slurm -m slurm $(ARGS)
+
+test-serving: env ## Run exports in vLLM on the CPU (.venv-vllm, about 4 GB, once; python3.11)
+	tests/serving/make-env
+	$(PYTHON_BIN) -m pytest tests/serving -m serving $(ARGS)
+
+test-gpu: env ## Run the GPU tests and write docs/gpu-report.md
+	$(PYTHON_BIN) -m pytest tests/gpu -m gpu --gpu-report docs/gpu-report.md $(ARGS)
 
 lint: env ## Check style, formatting and types
 	$(PYTHON_BIN) -m ruff check

@@ -23,16 +23,18 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_token_prediction import roll_tensor
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
-from megatron_mtpd.losses.alignment import Shift, head_masks, shift_left
+from megatron_mtpd.losses.alignment import head_masks
+from megatron_mtpd.losses.drafts import draft_tokens, on_policy_positions
 from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss, mtpd_loss
 from megatron_mtpd.losses.fused import fused_mtpd_loss
 from megatron_mtpd.losses.gradients import scale_gradient
+from megatron_mtpd.losses.halo import Halo
 from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.specs import hybrid_stack_spec
 
@@ -46,7 +48,7 @@ class MTPDModel(HybridModel):
         others: as HybridModel.
 
     Attributes:
-        distill_scale: factor on every beta (schedule), set by the training loop before each step.
+        iteration: counted from 0, set by the training loop before each step; the schedules follow from it.
         loss_report: sums of the last forward pass with labels, on the last pipeline stage.
 
     Raises ValueError for options that do not go together.
@@ -58,19 +60,16 @@ class MTPDModel(HybridModel):
         super().__init__(*args, **kwargs)
         self.mtpd = mtpd or MTPDConfig()
         self.eod_token_id = eod_token_id
-        self.distill_scale = 1.0
+        self.iteration = 0
         self.loss_report: LossReport | None = None
         self._shares = (1.0, 1.0)  # of trunk and embedding, for the pass of the heads that runs next
         self._heads_inputs: dict[str, Any] = {}
+        self._depth = 0  # heads that have begun in the present pass
+        self._drafts: list[Tensor] = []  # of heads 1, 2, ...; found in the first pass
         num_heads = self.config.mtp_num_layers or 0
         if num_heads:
             self.alphas = self.mtpd.alphas(num_heads, self.config.mtp_loss_scaling_factor)
             self.betas = self.mtpd.betas(num_heads)
-        if self.mtpd.loss == "fused" and self.pg_collection.cp is not None and self.pg_collection.cp.size() > 1:
-            raise ValueError(
-                f"--mtpd-loss fused does not work with --context-parallel-size {self.pg_collection.cp.size()}: the "
-                "source and the target of a head may lie on different ranks. Use --mtpd-loss eager."
-            )
         if self.mtpd.heads_pass_twice and "E" in (self.mtp_pattern or ""):
             raise ValueError(
                 f"Heads with a mixture of experts (pattern {self.mtp_pattern!r}) need equal shares for cross-entropy "
@@ -87,12 +86,16 @@ class MTPDModel(HybridModel):
             if self.mtpd.clip_apart:
                 for parameter in self.mtp.parameters():
                     parameter.grad_norm_group = "mtp"  # the group that Megatron's optimizers clip by itself
+            if self.mtpd.on_policy_fraction:
+                for layer in self.mtp.layers:
+                    layer.register_forward_pre_hook(self._feed_drafts, with_kwargs=True)
 
     # Hidden states -----------------------------------------------------------------------------------------------
 
     def _gate_heads(self, _module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the heads run: keep what they are given, and hand them its gated form."""
         self._heads_inputs = dict(kwargs)
+        self._depth = 0
         trunk_share, embedding_share = self._shares
         embedding = kwargs["embedding"]
 
@@ -101,6 +104,29 @@ class MTPDModel(HybridModel):
 
         gated = scale_gradient(kwargs["hidden_states"], trunk_share)
         return args, {**kwargs, "hidden_states": gated, "embedding": gated_embedding}
+
+    def _feed_drafts(self, _layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before head k runs, k >= 2: at some positions, let it look up what head k - 1 drafts there.
+
+        Head k - 1 at i drafts token i + k, the one whose embedding head k takes at i: no shift is needed. The tokens
+        that are handed on from head to head remain the text's.
+        """
+        self._depth += 1
+        if self._depth == 1 or not self.training:
+            return args, kwargs
+        if len(self._drafts) < self._depth - 1:
+            group, is_split = self.pg_collection.tp, self.config.sequence_parallel
+            drafts = draft_tokens(kwargs["hidden_states"], self._output_weight(), group, sequence_parallel=is_split)
+            self._drafts.append(drafts.t())
+        drafts, embedding = self._drafts[self._depth - 2], kwargs["embedding"]
+        fraction, cp_group = self.mtpd.on_policy_fraction, self.pg_collection.cp
+        is_fed = on_policy_positions(drafts.shape[1], fraction, self.iteration, cp_group)
+        is_fed = is_fed.to(drafts.device, non_blocking=True)
+
+        def embedding_of_drafts(input_ids: Tensor, **others: Tensor) -> Tensor:
+            return embedding(input_ids=torch.where(is_fed, drafts, input_ids), **others)
+
+        return args, {**kwargs, "embedding": embedding_of_drafts}
 
     @contextmanager
     def _stop_at_hidden_states(self) -> Iterator[None]:
@@ -118,6 +144,7 @@ class MTPDModel(HybridModel):
         final norm. The two lists are the same, unless gradients are let through differently (`heads_pass_twice`).
         """
         config = self.mtpd
+        self._drafts = []
         self._shares = (config.ce_trunk_share, config.ce_embedding_share)
         with self._stop_at_hidden_states():
             stacked = super().forward(*args, **kwargs)
@@ -129,7 +156,7 @@ class MTPDModel(HybridModel):
         if config.heads_pass_twice and torch.is_grad_enabled():
             self._shares = (config.kd_trunk_share, config.kd_embedding_share)
             for_kd = list(torch.chunk(self.mtp(**self._heads_inputs), 1 + num_heads))[1:]
-        self._heads_inputs = {}
+        self._heads_inputs, self._drafts = {}, []
         return main, for_ce, for_kd
 
     # Logits ------------------------------------------------------------------------------------------------------
@@ -209,19 +236,30 @@ class MTPDModel(HybridModel):
         loss_mask: Tensor,
         document_ends: Tensor | None,
     ) -> tuple[Tensor, Tensor, LossReport]:
-        config = self.mtpd
-        shift = self._shift()
-        masks = head_masks(loss_mask, len(for_ce), document_ends, config.cross_documents, shift)
+        config = self.mtpd.at(self.iteration)
+        distill_scale = config.distill_scale(self.iteration)
+        halo = Halo(len(for_ce), self.pg_collection.cp)
+        labels, all_positions = halo.extend(labels), halo.extend(loss_mask)
+        document_ends = None if document_ends is None else halo.extend(document_ends)
+        masks = halo.own(head_masks(all_positions, len(for_ce), document_ends, config.cross_documents))
+        loss_mask = halo.own(all_positions)
         weights = HeadWeights(
             self.alphas,
-            tuple(beta * self.distill_scale for beta in self.betas),
+            tuple(beta * distill_scale for beta in self.betas),
             per_head_mean=not self.config.calculate_per_token_loss,
+            count_group=halo.group,
         )
         if config.loss == "fused":
-            return fused_mtpd_loss(
-                main,
+            sequence_parallel = self.config.sequence_parallel
+            if halo.group is not None and sequence_parallel:
+                main, for_ce, for_kd = self._gathered(main, for_ce, for_kd)
+                sequence_parallel = False
+            is_same = for_kd is for_ce
+            for_ce = [halo.pad(x) for x in for_ce]
+            main_loss, heads_loss, report = fused_mtpd_loss(
+                halo.extend(main),
                 for_ce,
-                for_kd,
+                for_ce if is_same else [halo.pad(x) for x in for_kd],
                 self._output_weight(),
                 labels,
                 loss_mask,
@@ -229,34 +267,35 @@ class MTPDModel(HybridModel):
                 weights,
                 config,
                 self.pg_collection.tp,
-                sequence_parallel=self.config.sequence_parallel,
+                sequence_parallel=sequence_parallel,
                 logit_scale=self._logit_scale(),
                 accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
             )
-        ce_logits = [self.logits(h, config.ce_output_share) for h in for_ce]
-        if for_kd is for_ce and config.kd_output_share == config.ce_output_share:
+            return halo.restore(main_loss), heads_loss, report
+        ce_logits = [halo.pad(self.logits(h, config.ce_output_share)) for h in for_ce]
+        has_same_gradients = config.kd_output_share == config.ce_output_share or not torch.is_grad_enabled()
+        if for_kd is for_ce and has_same_gradients:
             kd_logits = ce_logits
         else:
-            kd_logits = [self.logits(h, config.kd_output_share) for h in for_kd]
+            kd_logits = [halo.pad(self.logits(h, config.kd_output_share)) for h in for_kd]
         tp_group = self.pg_collection.tp if self.parallel_output else None
-        return mtpd_loss(
-            self.logits(main), ce_logits, kd_logits, labels, loss_mask, masks, weights, config, tp_group, shift
+        main_loss, heads_loss, report = mtpd_loss(
+            halo.extend(self.logits(main)), ce_logits, kd_logits, labels, loss_mask, masks, weights, config, tp_group
         )
+        return halo.restore(main_loss), heads_loss, report
+
+    def _gathered(self, main: Tensor, for_ce: list[Tensor], for_kd: list[Tensor]) -> tuple[Tensor, list, list]:
+        """[s / tp, b, h] -> [s, b, h] each. Their gradients come back whole, and each rank takes its part."""
+
+        def gathered(x: Tensor) -> Tensor:
+            tp = self.pg_collection.tp
+            return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=tp)
+
+        ce = [gathered(x) for x in for_ce]
+        return gathered(main), ce, ce if for_kd is for_ce else [gathered(x) for x in for_kd]
 
     def _document_ends(self, input_ids: Tensor) -> Tensor | None:
         return None if self.eod_token_id is None else (input_ids == self.eod_token_id).t()
-
-    def _shift(self) -> Shift:
-        cp_group = self.pg_collection.cp
-        if cp_group is None or cp_group.size() == 1:
-            return shift_left
-
-        def shift(x: Tensor, k: int) -> Tensor:
-            for _ in range(k):  # Megatron's exchange with the neighbours moves by one
-                x, _ = roll_tensor(x, shifts=-1, dims=0, cp_group=cp_group)
-            return x
-
-        return shift
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ loop then runs with gloo. Each patch is a row of a table that says what it repla
 why; when the installed torch or megatron-core no longer matches, `setup()` says so and patches nothing.
 
 Deliberately absent: anything about models (see `specs`), and any promise of speed on a CPU. Not possible without a
-GPU: context parallelism, FP8, CUDA graphs, Megatron's own inference engine; `check_flags` refuses what asks for them.
+GPU: FP8, CUDA graphs, Megatron's own inference engine; `check_flags` refuses what asks for them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.utils._device
 from torch.optim.adam import adam
 
 WRITTEN_FOR = "0.19.2"
@@ -70,7 +71,7 @@ class Patch:
 
     def _changed(self, detail: str) -> RuntimeError:
         installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-        package = "torch" if self.owner.startswith("torch") else "megatron-core"
+        package = {"torch": "torch", "deepspeed": "deepspeed"}.get(self.owner.partition(".")[0], "megatron-core")
         return RuntimeError(
             f"Cannot patch {self.owner}.{self.attribute} ({self.why}): {detail}. Installed is {package} "
             f"{installed.get(package, '(none)')}; the patch was written for megatron-core {WRITTEN_FOR}. "
@@ -123,6 +124,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)  # of what is copied to a GPU
         return factory(*args, **kwargs)
 
     return on_cpu
@@ -316,7 +318,8 @@ _EVERYWHERE = (
         "megatron.training.training",
         "get_megatron_optimizer",
         lambda original: _remembered(original),
-        "the loop has no hook that sees the optimizer",
+        "the loop has no hook that sees the optimizer, or makes another one",
+        ("config", "model_chunks"),
     ),
     Patch(
         "megatron.core.dist_checkpointing",
@@ -371,7 +374,39 @@ def setup() -> None:
         resolved = [(patch, *patch.resolve()) for patch in patches()]
     for patch, owner, original in resolved:
         setattr(owner, patch.attribute, patch.make(original))
+    _keep_device_contexts()
     _done = True
+
+
+def _keep_device_contexts() -> None:
+    """`with torch.device(...)` knows torch's own factories by identity, not what stands in their place now.
+
+    Without this, transformers leaves uninitialised what it makes on the meta device, rotary frequencies among them.
+    """
+    constructors = torch.utils._device._device_constructors()
+    constructors |= {inspect.unwrap(factory) for factory in constructors}
+
+
+_DEEPSPEED_WITHOUT_CUDA = (
+    Patch("deepspeed.comm.torch", "build_shm_op", _returns(None), "compiles an all-reduce for half a minute", ()),
+)
+
+
+def prepare_deepspeed() -> None:
+    """Make DeepSpeed run on this machine. Call it after `setup()`, before `deepspeed` is imported elsewhere.
+
+    Raises ValueError when it is not installed, RuntimeError as `setup()`.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--engine deepspeed needs DeepSpeed: pip install 'megatron-mtpd[deepspeed]'.")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for the variable even where no launcher has set it
+    # It would set this to 1, and torch then count the devices that we feign.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    if torch.cuda.is_available():
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"  # it would take the answers above for a GPU
+    for patch, owner, original in [(patch, *patch.resolve()) for patch in _DEEPSPEED_WITHOUT_CUDA]:
+        setattr(owner, patch.attribute, patch.make(original))
 
 
 def _not_one_generator(record: logging.LogRecord) -> bool:
@@ -423,7 +458,6 @@ _NEED_CUDA = (
 )
 _NEED_TRANSFORMER_ENGINE = (
     _Needs("--transformer-impl", lambda value: value != "local", {}),
-    _Needs("--context-parallel-size", lambda value: value > 1, {"type": int}),
     _Needs("--fp8-format", options={}),
     _Needs("--fp4-format", options={}),
     _Needs("--moe-grouped-gemm"),
@@ -485,11 +519,18 @@ _optimizers: list[Any] = []
 
 
 def _remembered(get_megatron_optimizer: Callable[..., Any]) -> Callable[..., Any]:
-    """The loop reports one gradient norm; the optimizer that it builds knows those of the groups as well."""
+    """The loop reports one gradient norm; the optimizer that it builds knows those of the groups as well.
+
+    A model that has an optimizer of its own (`--engine deepspeed`) builds that one.
+    """
 
     @functools.wraps(get_megatron_optimizer)
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        optimizer = get_megatron_optimizer(*args, **kwargs)
+    def remembered(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        build = getattr(model_chunks[0], "build_optimizer", None)
+        if build is None:
+            optimizer = get_megatron_optimizer(config, model_chunks, *args, **kwargs)
+        else:
+            optimizer = build(config, *args, **kwargs)
         _optimizers[:] = [optimizer]
         return optimizer
 

@@ -4,8 +4,9 @@ Contract: `hybrid_stack_spec(config)` gives the `ModuleSpec` that `HybridModel` 
 same checkpoint keys, so that what was trained with one loads with the other. The local spec has attention (`*`),
 dense MLP (`-`), mixture of experts (`E`) and multi-token prediction.
 
-Deliberately absent from the local spec: the other layer types, context parallelism, packed sequences, sliding
-windows and learned softmax offsets. Each is refused by name, with Transformer Engine as the remedy.
+Deliberately absent from the local spec: the other layer types, packed sequences, sliding windows and learned softmax
+offsets. Each is refused by name, with Transformer Engine as the remedy. Context parallelism is exact and not fast:
+every rank gathers the keys and values of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -88,12 +89,14 @@ class SDPAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         for flag, value, supported in (
-            ("--context-parallel-size", config.context_parallel_size, 1),
             ("--window-size", config.window_size, None),
             ("--softmax-type", config.softmax_type, "vanilla"),
         ):
             if value != supported:
                 raise ValueError(f"{flag} {value} needs Transformer Engine's attention: {REMEDY}, or leave it out.")
+        self.cp_group = getattr(pg_collection, "cp", None) if config.context_parallel_size > 1 else None
+        if config.context_parallel_size > 1 and self.cp_group is None:
+            self.cp_group = parallel_state.get_context_parallel_group()
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -115,17 +118,24 @@ class SDPAttention(MegatronModule):
             key, value: [sk, b, groups, d]; every group serves heads / groups heads.
             attention_mask: bool, broadcastable to [b, heads, sq, sk], True where a position must *not* be seen. It
                 stands alone: it has to hold the causal part too. None: causal, the last query at the last key.
+                Under context parallelism sq is this rank's part of the sequence, sk all of it.
             attn_mask_type: in the place of the one of the layer; `no_mask` lets every query see every key.
 
         Returns: [sq, b, heads * d].
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError(f"Packed sequences and attention bias need Transformer Engine: {REMEDY}.")
+        positions = None
+        if self.cp_group is not None:
+            positions = _positions(query.size(0), self.cp_group).to(query.device)
+            key, value = _Gathered.apply(torch.stack([key, value]), self.cp_group)
         sq, sk = query.size(0), key.size(0)
         sees_all = (attn_mask_type or self.attn_mask_type) == AttnMaskType.no_mask or sq == 1
         visible, causal = None, False
         if attention_mask is not None:
             visible = ~attention_mask
+        elif not sees_all and positions is not None:
+            visible = torch.arange(sk, device=query.device) <= positions.unsqueeze(1)
         elif not sees_all and sq != sk:
             visible = torch.ones(sq, sk, dtype=torch.bool, device=query.device).tril(sk - sq)
         else:
@@ -145,6 +155,35 @@ class SDPAttention(MegatronModule):
                 enable_gqa=query.size(2) != key.size(2),
             )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _positions(length: int, cp_group: Any) -> Tensor:
+    """Places in the sequence of this rank's two pieces, of 2 C, which Megatron deals as r and 2C - 1 - r. [length]."""
+    ranks, rank, piece = cp_group.size(), cp_group.rank(), length // 2
+    first = torch.arange(piece)
+    return torch.cat([first + rank * piece, first + (2 * ranks - 1 - rank) * piece])
+
+
+class _Gathered(torch.autograd.Function):
+    """[2, s / C, ...] of every context-parallel rank -> [2, s, ...] in the order of the sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cp_group: Any) -> Tensor:
+        ctx.cp_group = cp_group
+        everyone = x.new_empty(cp_group.size() * len(x), *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(everyone, x.contiguous(), group=cp_group)
+        pieces = everyone.unflatten(0, (-1, len(x))).unflatten(2, (2, -1))  # [C, 2, piece, s / 2C, ...]
+        early, late = pieces[:, :, 0], pieces[:, :, 1].flip(0)
+        return torch.cat([early, late]).transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ranks = ctx.cp_group.size()
+        pieces = grad.unflatten(1, (2 * ranks, -1)).transpose(0, 1)  # [2C, 2, s / 2C, ...]
+        of_ranks = torch.stack([pieces[:ranks], pieces[ranks:].flip(0)], 2).flatten(2, 3)
+        mine = of_ranks.new_empty(of_ranks.shape[1:])
+        torch.distributed.reduce_scatter_tensor(mine, of_ranks.flatten(0, 1).contiguous(), group=ctx.cp_group)
+        return mine, None
 
 
 class _Refused:

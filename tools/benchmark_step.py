@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_mtpd.training.benchmark_step import VARIANTS, benchmark, save, table
+from megatron_mtpd.training.benchmark_step import FROZEN, VARIANTS, benchmark, save, table
 
 EXAMPLE = """\
 All flags that are not below are those of tools/pretrain_mtpd.py, and describe model and batch:
@@ -20,7 +20,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all]")
+    names = [*VARIANTS, FROZEN]
+    parser.add_argument("--variants", nargs="+", choices=names, default=list(VARIANTS), help="[%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant [%(default)s]")
     parser.add_argument("--steps", type=int, default=4, help="steps a turn [%(default)s]")
     parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU [%(default)s]")

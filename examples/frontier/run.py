@@ -28,6 +28,7 @@ def shares(**values: float) -> list[str]:
 
 
 KD_CUT = {"kd_trunk": 0, "kd_embedding": 0, "kd_output": 0}
+LATE = ["--mtpd-distill-start", "{late}"]  # of the steps' last third
 ALL_CUT = {**KD_CUT, "ce_trunk": 0, "ce_embedding": 0, "ce_output": 0}
 VARIANTS = {
     "mtp": ["--mtpd-beta", "0"],
@@ -39,6 +40,11 @@ VARIANTS = {
     "topn_kl, kd cut": shares(**KD_CUT),
     "topn_kl, kd and output cut": shares(**KD_CUT, ce_output=0),
     "topn_kl, all cut": shares(**ALL_CUT),
+    "topn_kl, late": LATE,
+    "topn_kl, kd output cut, late": [*shares(kd_output=0), *LATE],
+    "topn_kl, output cut, late": [*shares(ce_output=0, kd_output=0), *LATE],
+    "topn_kl, kd cut, late": [*shares(**KD_CUT), *LATE],
+    "topn_kl, all cut, late": [*shares(**ALL_CUT), *LATE],
     "kl, all cut": ["--mtpd-objective", "kl", *shares(**ALL_CUT)],
     "reverse_kl, all cut": ["--mtpd-objective", "reverse_kl", *shares(**ALL_CUT)],
     "tv, all cut": ["--mtpd-objective", "tv", *shares(**ALL_CUT)],
@@ -70,7 +76,11 @@ def main() -> None:
             out / f"{variant} seed {seed}",
             None,
             seed,
-            ["--mtp-num-layers", options.heads, *VARIANTS[variant]],
+            [
+                "--mtp-num-layers",
+                options.heads,
+                *(str(f).format(late=2 * options.steps // 3) for f in VARIANTS[variant]),
+            ],
         )
         for seed in options.seeds
         for variant in chosen

@@ -22,7 +22,7 @@ from megatron_mtpd.losses import rows
 from megatron_mtpd.losses.rows import FORWARD_KL, TOTAL_VARIATION, RowLosses, RowWeights, Statistics, Sums
 from megatron_mtpd.losses.vocab_parallel import Group
 
-LOWEST = -1e30  # finite, because 0 * inf is not 0
+LOWEST = -(2.0**100)  # finite, because 0 * inf is not 0; a power of two, because that is the same in every dtype
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
@@ -34,6 +35,18 @@ class HeadWeights:
     alpha: Sequence[float]
     beta: Sequence[float]
     per_head_mean: bool = True
+    count_group: Group = None
+    """Ranks that hold parts of the same sequences: a mean of a head is over all their tokens."""
+
+    def scale(self, main_tokens: Tensor, tokens: Tensor) -> Tensor:
+        """[] and [K] tokens of main head and heads -> [K]: what each head's sum is multiplied by."""
+        if not self.per_head_mean:
+            return torch.ones_like(tokens)
+        if self.count_group is not None:
+            counts = torch.cat([main_tokens[None], tokens])
+            dist.all_reduce(counts, group=self.count_group)
+            main_tokens, tokens = counts[0], counts[1:]
+        return main_tokens / tokens.clamp(min=1)
 
 
 def mtpd_loss(
@@ -65,7 +78,7 @@ def mtpd_loss(
     main_loss = objectives.cross_entropy(main_logits, labels, tp_group)
     loss_mask, masks = loss_mask.to(main_loss.dtype), masks.to(main_loss.dtype)
     main_tokens, tokens = loss_mask.sum(), masks.flatten(1).sum(1)
-    scale = main_tokens / tokens.clamp(min=1) if weights.per_head_mean else torch.ones_like(tokens)
+    scale = weights.scale(main_tokens, tokens)
 
     # A masked position may hold inf or nan. It is emptied before any arithmetic: 0 * nan would return in the gradient.
     is_masked = (masks == 0).unsqueeze(-1)

@@ -11,7 +11,7 @@ in backward would cost a fourth matrix product beside the three that a head need
 weight's gradient between the two passes, which follow each other on the stage that has the output layer.
 
 The contract is that of `eager.mtpd_loss`, with hidden states and the weight in the place of logits. Deliberately
-absent: context parallelism (source and target may lie on different ranks) and a bias of the output layer.
+absent: context parallelism (`halo.py` lays a rank's part out as whole sequences) and a bias of the output layer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_mtpd.losses import objectives
 from megatron_mtpd.losses.alignment import shift_left
 from megatron_mtpd.losses.eager import HeadWeights
 from megatron_mtpd.losses.hidden import gather_sequences
+from megatron_mtpd.losses.kernels import Choice, choose
 from megatron_mtpd.losses.precomputed import Deliver, Precomputed
 from megatron_mtpd.losses.report import LossReport
 from megatron_mtpd.losses.rows import RowLosses, RowWeights
@@ -49,14 +50,14 @@ def fused_mtpd_loss(
     logit_scale: float = 1.0,
     accumulate_into_main_grad: bool = False,
     chunk_rows: int | None = None,
+    kernels: Choice | None = None,
 ) -> tuple[Tensor, Tensor, LossReport]:
     """Per-token loss of the main head, the sum of all terms of the heads, and the report.
 
     Args:
         main: hidden states of the main model after its final norm, [s, b, h], or [s / tp, b, h] if `sequence_parallel`.
         for_ce, for_kd: of each head, equal in value: two lists so that a caller can let the gradients of cross-entropy
-        and
-            of distillation go different ways. Usually the same tensors, which costs less.
+            and of distillation go different ways. Usually the same tensors, which costs less.
         output_weight: [V / tp, h], this rank's rows. Without `requires_grad`, no gradient of it is computed.
         labels: int64 [s, b], the main head's: token j + 1 at position j.
         loss_mask: [s, b] of 0 and 1.
@@ -66,6 +67,7 @@ def fused_mtpd_loss(
         accumulate_into_main_grad: where `output_weight` has a `main_grad`, add its gradient there in backward, as
             Megatron's layers do when gradient accumulation is fused.
         chunk_rows: rows of logits, of all heads, that are held at a time. None: a default of the device.
+        kernels: which kernels run, see `kernels.choose`. None: as the environment says, or by the device.
 
     Returns:
         `main_loss` [s, b] fp32 (fp64 for a weight of fp64), not masked; `heads_loss` [], the same dtype; a detached
@@ -86,7 +88,7 @@ def fused_mtpd_loss(
         dtype = logits_dtype(output_weight)
         loss_mask, masks = loss_mask.to(dtype), masks.to(dtype)
         main_tokens, tokens = loss_mask.sum(), masks.flatten(1).sum(1)
-        scale = main_tokens / tokens.clamp(min=1) if weights.per_head_mean else torch.ones_like(tokens)
+        scale = weights.scale(main_tokens, tokens)
         alpha, beta = (scale * scale.new_tensor(w) for w in (weights.alpha, weights.beta))
         inputs = Inputs(
             gather_sequences([main, *for_ce], tp_group, sequence_parallel),
@@ -95,6 +97,7 @@ def fused_mtpd_loss(
             _is_live(loss_mask, masks),
             labels.shape[1],
             config,
+            choose(output_weight.device, kernels),
             tp_group,
             logit_scale,
             chunk_rows,

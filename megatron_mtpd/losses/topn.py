@@ -7,8 +7,7 @@ nor candidates travel. About eight probes are enough for a row of fp32, whatever
 1. brackets the cut by a sample of the row, then interpolates between the counts at both ends;
 2. ends as soon as exactly N logits reach the probe: any number between the N-th and the next logit cuts the same set;
 3. where that has not ended after ten probes, also halves the bracket by the *bits* of the floats, so that ties, heaps
-and
-   outliers cannot stall it: at the end the bracket holds a single float, which is then the N-th logit.
+   and outliers cannot stall it: at the end the bracket holds a single float, which is then the N-th logit.
 
 Deliberately absent: approximation. The set is exact for every float dtype, and ties at the N-th are all in it.
 """
@@ -31,7 +30,7 @@ _KEY_DTYPES = {
 }
 _SAMPLE = 512  # logits of a row that guess the first bracket: of about a tenth of the vocabulary
 _TRUST = 10  # probes that are left to interpolation alone
-_COUNT_ELEMENTS = 1 << 21  # logits that are counted at a time: bounds the memory of a probe
+_COUNT_ELEMENTS = 1 << 19  # logits that are counted at a time: bounds the memory of a probe
 
 
 @torch.no_grad()
@@ -47,8 +46,9 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
     size = vocab_size(logits, tp_group)
     if n >= size:
         return torch.full_like(logits[:, 0], -math.inf)
-    keys = _Keys(dtype or logits.dtype, logits.dtype)
+    keys = Keys(dtype or logits.dtype, logits.dtype)
     cut = torch.empty_like(logits[:, 0])
+    everything, open_logits = logits, None
     rows = torch.arange(len(logits), device=logits.device)  # those that are still searched
     # Of every row: count(low) >= n > count(high).
     top, *guesses = (keys.of(x) for x in _guess(logits, n / size, tp_group))
@@ -63,10 +63,11 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
             cut[rows] = keys.values(low)
             if num_open == 0:
                 return cut
-            rows, low, high, count_low, count_high, logits = (
-                x[is_open] for x in (rows, low, high, count_low, count_high, logits)
-            )
+            rows, low, high, count_low, count_high = (x[is_open] for x in (rows, low, high, count_low, count_high))
             guesses = [g[is_open] for g in guesses]
+            if open_logits is None:  # of one size each time: many sizes would leave holes between allocations
+                open_logits = torch.empty_like(logits[: (len(logits) + 1) // 2])
+            logits = torch.index_select(everything, 0, rows, out=open_logits[: len(rows)])
         halfway = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         if guesses:
             probe = guesses.pop()
@@ -81,7 +82,7 @@ def topn_cut(logits: Tensor, n: int, tp_group: Group = None, dtype: torch.dtype 
         high, count_high = torch.where(enough, high, probe), torch.where(enough, count_high, count)
 
 
-class _Keys:
+class Keys:
     """Integers in the order of the floats of a dtype: neighbouring floats have neighbouring keys."""
 
     def __init__(self, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
@@ -115,7 +116,7 @@ def _guess(logits: Tensor, share: float, tp_group: Group) -> tuple[Tensor, Tenso
     return highest[0], highest[1], -highest[2]
 
 
-def _interpolate(keys: _Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int) -> Tensor:
+def _interpolate(keys: Keys, low: Tensor, high: Tensor, count_low: Tensor, count_high: Tensor, n: int) -> Tensor:
     """The key where the count reaches n, if it falls evenly from one end to the other."""
     start, end = keys.values(low).double(), keys.values(high).double()
     # On the logarithms of the counts, which fall evenly in a tail; halves, because one of them may be 0.

@@ -3,7 +3,7 @@
 Rows are positions of the flattened sequence, row = position * b + sequence. The rows of a chunk belong to target
 tokens; head k's hidden state for target row t is at source row t - k * b, so bringing a chunk's hidden states together
 is a shift, and each row of a head is met exactly once. A chunk is laid out in blocks, [blocks, 1 + K, R, V / tp]: the
-matrix products run over the chunk, where they are efficient, `block_losses` over a block, which stays in the cache.
+matrix products run over the chunk, where they are efficient, the kernels over a block, which stays in the cache.
 
 Deliberately absent: masks, weights and reductions over rows, which are the caller's (`fused.py`).
 """
@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mtpd.config import MTPDConfig
-from megatron_mtpd.losses.chunk import block_losses
+from megatron_mtpd.losses.kernels import Kernels
 from megatron_mtpd.losses.rows import RowLosses, RowWeights
-from megatron_mtpd.losses.topn import topn_cut
 from megatron_mtpd.losses.vocab_parallel import Group
 
-# Rows of all heads in a chunk: enough for efficient matrix products, few enough to be small beside the sequence.
+# Rows of all heads in a chunk, of fp32 logits: few enough to be small beside the sequence and, on CPU, beside the
+# output weight; but from the least on, matrix products are efficient.
 CPU_CHUNK, GPU_CHUNK = 512, 2048
-CPU_CHUNK_LOGITS = 3 << 23
-# Logits of a block. On CPU few enough for the caches, but worth some sixty calls from Python, or two collectives.
+CPU_CHUNK_LOGITS, CPU_CHUNK_LEAST = 1 << 23, 128
+# Logits of a block of torch's kernels. On CPU few enough for the caches, but worth some sixty calls from Python, or two
+# collectives; on GPU few enough for temporaries of their size.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 25
 
 
@@ -45,6 +46,7 @@ class Inputs:
     batch: int
     """Rows between a position and the next."""
     config: MTPDConfig
+    kernels: Kernels
     tp_group: Group = None
     logit_scale: float = 1.0
     chunk_rows: int | None = None
@@ -121,6 +123,8 @@ class Gradients:
         beta, self._is_empty = (0.0 if self._is_empty else 1.0), False
         if right.dtype == self.weight.dtype:
             self.weight.addmm_(left, right, beta=beta)
+        elif left.is_cuda:  # torch's mixed product, which it has for no other device
+            torch.addmm(self.weight, left, right, out_dtype=self.weight.dtype, beta=beta, out=self.weight)
         elif beta == 0.0:
             self.weight.copy_(left @ right)
         else:
@@ -134,19 +138,24 @@ def walk(inputs: Inputs, weights: RowWeights | None = None, gradients: Gradients
     with them `gradients` gets the gradient of the weighted sum of all losses.
     """
     num_rows, heads = len(inputs.labels), len(inputs.hidden)
-    block, blocks = _sizes(inputs)
-    chunk = block * blocks
     vocab, low = inputs.weight.shape[0], inputs.weight.dtype
-    dtype = logits_dtype(inputs.weight)
+    is_apart = gradients is not None and gradients.is_apart
+    # Where gradients are added up before the products, in the dtype of the sums.
+    dtype = low if inputs.kernels.in_registers and not is_apart else logits_dtype(inputs.weight)
+    block, blocks = _sizes(inputs, dtype)
+    chunk = block * blocks
     device = inputs.weight.device
-    logits = torch.empty(blocks, heads, block, vocab, dtype=dtype, device=device)
-    kd = torch.empty_like(logits[:, 1:]) if gradients is not None and gradients.is_apart else None
-    # Padding to whole chunks: rows that are not live and have no weight.
-    labels, is_live = (F.pad(x, (0, -num_rows % chunk)) for x in (inputs.labels, inputs.is_live))
+    chunk_logits = torch.empty(blocks, heads, block, vocab, dtype=dtype, device=device)
+    chunk_kd = torch.empty_like(chunk_logits[:, 1:]) if is_apart else None
+    # Padding to whole blocks: rows that are not live and have no weight.
+    padding = (0, -num_rows % block)
+    labels, is_live = (F.pad(x, padding) for x in (inputs.labels, inputs.is_live))
     if weights is not None:
-        weights = weights.map(lambda w: F.pad(w * inputs.logit_scale, (0, -num_rows % chunk)))
+        weights = weights.map(lambda w: F.pad(w * inputs.logit_scale, padding))
     results = []
     for start in range(0, num_rows, chunk):
+        blocks = min(blocks, (len(labels) - start) // block)  # of the last chunk there may be fewer
+        logits, kd = chunk_logits[:blocks], None if chunk_kd is None else chunk_kd[:blocks]
         hidden = _hidden_of(inputs, start, is_live[:, start : start + chunk], blocks)
         if low == dtype:
             torch.mm(_rows(hidden), inputs.weight.t(), out=_rows(logits))
@@ -158,7 +167,7 @@ def walk(inputs: Inputs, weights: RowWeights | None = None, gradients: Gradients
         for i in range(blocks):
             rows = slice(start + i * block, start + (i + 1) * block)
             results.append(
-                block_losses(
+                inputs.kernels.block_losses(
                     logits[i],
                     labels[rows],
                     inputs.config,
@@ -182,13 +191,18 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _sizes(inputs: Inputs) -> tuple[int, int]:
-    """Rows of a block and blocks of a chunk: as even as they can be, so that the last chunk has little padding."""
+def _sizes(inputs: Inputs, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows of a block and blocks of a chunk."""
     heads, num_rows = len(inputs.hidden), len(inputs.labels)
     on_cpu = inputs.weight.device.type == "cpu"
-    default = min(CPU_CHUNK, CPU_CHUNK_LOGITS // inputs.weight.shape[0]) if on_cpu else GPU_CHUNK
+    if on_cpu:
+        default = min(CPU_CHUNK, max(CPU_CHUNK_LEAST, CPU_CHUNK_LOGITS // inputs.weight.shape[0]))
+    else:
+        default = GPU_CHUNK * 4 // dtype.itemsize
     most = max(1, (inputs.chunk_rows or default) // heads)
     chunk = -(-num_rows // -(-num_rows // most))
+    if inputs.kernels.in_registers:
+        return chunk, 1
     block = min(chunk, max(1, (CPU_BLOCK if on_cpu else GPU_BLOCK) // (heads * inputs.weight.shape[0])))
     return block, -(-chunk // block)
 
@@ -214,4 +228,4 @@ def _cut(inputs: Inputs, teacher: Tensor) -> Tensor | None:
         return None
     # Scaled logits are no longer numbers of the weight's dtype.
     dtype = inputs.weight.dtype if inputs.logit_scale == 1.0 else None
-    return topn_cut(teacher, config.top_n, group, dtype)
+    return inputs.kernels.topn_cut(teacher, config.top_n, group, dtype)

@@ -12,7 +12,8 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_mtpd import platform
-from megatron_mtpd.config import SHARES, MTPDConfig, flag
+from megatron_mtpd.config import SHARES, MTPDConfig, PerHead, flag
+from megatron_mtpd.training.deepspeed_config import add_deepspeed_arguments
 
 
 class _MTPDFlags(ArgumentGroupFactory):
@@ -21,6 +22,9 @@ class _MTPDFlags(ArgumentGroupFactory):
     def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
         name = flag(config_attr_name)
         return f"--{prefix}-{name.removeprefix('--')}" if prefix else name
+
+    def _extract_type(self, config_type: Any) -> dict[str, Any]:
+        return {"type": float, "nargs": "+"} if config_type == PerHead | None else super()._extract_type(config_type)
 
     def _build_argparse_kwargs_from_field(self, attribute: dataclasses.Field) -> dict[str, Any]:
         kwargs = super()._build_argparse_kwargs_from_field(attribute)
@@ -43,6 +47,7 @@ def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_false",
         help="do not compare the checksums of the checkpoint's files before it is loaded",
     )
+    add_deepspeed_arguments(parser)
     parser.set_defaults(
         position_embedding_type="rope",  # Megatron's heads work with no other
         eval_interval=1000,
@@ -68,12 +73,15 @@ def mtpd_config_from_args(args: argparse.Namespace) -> MTPDConfig:
     """The `MTPDConfig` that the flags describe. Raises ValueError for a value or a combination that cannot work."""
     values = {f.name: getattr(args, f"mtpd_{f.name}") for f in dataclasses.fields(MTPDConfig)}
     if args.mtp_detach_heads:  # Megatron's flag for heads that leave the main model alone
-        if any(values[name] != 1.0 for name in SHARES):
+        if any(values[name] != getattr(MTPDConfig, name) for name in SHARES):
             raise ValueError(
                 "--mtp-detach-heads cuts every gradient of the heads, and a --mtpd-*-share is set as well. "
                 "Use the shares alone."
             )
         values |= dict.fromkeys(SHARES, 0.0)
+    if values["distill_start"] is None:
+        iterations = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+        values["distill_start"] = 2 * iterations // 3 if values["train"] == "all" else 0
     config = MTPDConfig(**values)
     _refuse_combinations(args, config)
     return config
@@ -87,11 +95,17 @@ def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
         )
     config.alphas(args.mtp_num_layers, args.mtp_loss_scaling_factor)
     config.betas(args.mtp_num_layers)
+    if config.on_policy_fraction and args.mtp_num_layers < 2:
+        raise ValueError(
+            f"--mtpd-on-policy-fraction {config.on_policy_fraction} is for heads 2 and up, and the model has one: "
+            "remove it."
+        )
     unsupported = {
         "--sft": args.sft,
         "--dataloader-inter-document-masking": args.dataloader_inter_document_masking,
         "--hybrid-context-parallel": args.hybrid_context_parallel,
         "--fp16-lm-cross-entropy": args.fp16_lm_cross_entropy,
+        "--fp8-output-proj": args.fp8_output_proj,
         "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
         "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--use-torch-fsdp2": args.use_torch_fsdp2,

@@ -203,9 +203,11 @@ _ANSWER = "benchmark_loss "
 
 def _serve(variant: str, workload: Workload, store: str) -> None:
     """In a rank: build the inputs, then run a step when asked."""
-    from megatron_mtpd.training.loss_section import CountBytes, Memory, prepare
+    from megatron_mtpd.training.loss_section import prepare  # prepares the machine: first
+    from megatron_mtpd.training.measure import CountBytes, Memory
 
-    step = prepare(variant, workload, store)
+    with CountBytes():  # what it imports at its first use is not memory of a step
+        step = prepare(variant, workload, store)
     memory = Memory()
     counter = None
     for _ in sys.stdin:

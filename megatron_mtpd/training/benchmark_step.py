@@ -1,5 +1,7 @@
 """Step time and peak memory of whole training steps: no MTP, Megatron's own MTP, and MTP-D, side by side.
 
+`mtpd_new_heads` is the step after looped extension: all is frozen but the second half of the heads.
+
 Each variant lives in a process of its own, so that its peak memory is its own, and all take turns of a few steps, so
 that noise of the machine falls on all alike. A step is Megatron's `train_step`: forward, backward, gradient reduction,
 optimizer. Memory is the peak of what torch allocated on a GPU, and of the resident memory beyond the imported libraries
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS = ("no_mtp", "megatron_mtp", "mtpd_eager", "mtpd_fused")
+FROZEN = "mtpd_new_heads"
 BASELINE = "megatron_mtp"
 
 
@@ -157,8 +160,11 @@ def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
     libraries = _peak_bytes()
     if variant == "no_mtp":
         flags = _without_heads(flags)
-    if variant.startswith("mtpd_"):
+    if variant == FROZEN:
+        flags += ["--mtpd-train", "new-heads", "--mtpd-old-heads", str(_num_heads(flags) // 2)]
+    elif variant.startswith("mtpd_"):
         flags += ["--mtpd-loss", variant.removeprefix("mtpd_")]
+        flags += [] if "--mtpd-distill-start" in flags else ["--mtpd-distill-start", "0"]  # the steps that distil
     args = entry.parse([*flags, "--train-iters", "10000", "--eval-iters", "0", "--eval-interval", "10000"])
     if variant.startswith("mtpd_"):
         model_config = entry.model_config_from_args(args)
@@ -214,6 +220,12 @@ def _without_heads(flags: list[str]) -> list[str]:
             value = "0" if name == "--mtp-num-layers" else flags[place].split("/")[0]
             flags = [*flags[:place], value, *flags[place + 1 :]]
     return flags
+
+
+def _num_heads(flags: list[str]) -> int:
+    if "--mtp-num-layers" in flags:
+        return int(flags[flags.index("--mtp-num-layers") + 1])
+    return flags[flags.index("--hybrid-layer-pattern") + 1].count("/")
 
 
 def _peak_bytes() -> int:

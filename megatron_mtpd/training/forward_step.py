@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
@@ -23,11 +23,11 @@ def forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """One micro-batch through the model: its output, and the function that turns the output into loss and metrics."""
     timers = get_timers()
-    core: MTPDModel = unwrap_model(model)
+    core: MTPDModel = get_attr_wrapped_model(model, "mtpd", return_model_obj=True)
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, vp_stage=core.vp_stage)
     timers("batch-generator").stop()
-    core.distill_scale = core.mtpd.distill_scale(getattr(get_args(), "curr_iteration", 0))
+    core.iteration = _iteration()
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -48,7 +48,17 @@ def loss_func(loss_mask: Tensor, model: MTPDModel, output: Tensor) -> tuple[Tens
     report = model.loss_report
     assert report is not None, "the model has just computed it"
     _stop_at_nan(loss, report)
-    return loss, num_tokens, metrics_from_report(report)
+    metrics = metrics_from_report(report)
+    if model.mtpd.next_objective is not None:
+        has_switched = model.iteration >= model.mtpd.next_objective_start
+        metrics["objective"] = loss.new_tensor([1.0 + has_switched, 1.0])
+    return loss, num_tokens, metrics
+
+
+def _iteration() -> int:
+    """Of training, counted from 0. A loop that only evaluates knows that of the checkpoint."""
+    args = get_args()
+    return max(getattr(args, "curr_iteration", 0), getattr(args, "iteration", 0))
 
 
 def _stop_at_nan(loss: Tensor, report: LossReport) -> None:

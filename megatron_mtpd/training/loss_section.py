@@ -7,10 +7,8 @@ to the gradients of them and of the output weight. Importing this module prepare
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mtpd import platform
@@ -26,12 +24,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import process_mtp_loss  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from megatron_mtpd.config import MTPDConfig  # noqa: E402
 from megatron_mtpd.losses.alignment import head_masks  # noqa: E402
 from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss, mtpd_loss  # noqa: E402
 from megatron_mtpd.losses.fused import fused_mtpd_loss  # noqa: E402
+from megatron_mtpd.training.measure import has_gpu  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_mtpd.training.benchmark_loss import Workload
@@ -41,10 +39,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def prepare(variant: str, workload: Workload, store: str) -> Callable[[], None]:
     """Starts this rank's process group and returns a function that runs one step. All variants get the same numbers."""
-    if _has_gpu():
+    if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
-        "nccl" if _has_gpu() else "gloo",
+        "nccl" if has_gpu() else "gloo",
         store=dist.FileStore(store, workload.tp),
         rank=int(os.environ["RANK"]),
         world_size=workload.tp,
@@ -57,7 +55,7 @@ def prepare(variant: str, workload: Workload, store: str) -> Callable[[], None]:
 
 
 def _build(variant: str, workload: Workload, groups: ProcessGroupCollection) -> Callable[[], None]:
-    device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
     dtype = _DTYPES[workload.dtype]
     config = TransformerConfig(
         num_layers=1,
@@ -104,7 +102,7 @@ def _build(variant: str, workload: Workload, groups: ProcessGroupCollection) -> 
         output_layer.weight.grad = hidden.grad = None
         losses = loss(hidden, output_layer, labels, mask)
         ((losses * mask).sum() / mask.sum()).backward()
-        if _has_gpu():
+        if has_gpu():
             torch.cuda.synchronize()
 
     return step
@@ -139,7 +137,7 @@ class _MTPD:
     def __init__(self, variant: str, workload: Workload, groups: ProcessGroupCollection) -> None:
         self.is_fused, self.workload, self.group = variant == "mtpd_fused", workload, groups.tp
         heads = workload.heads
-        self.config = MTPDConfig(objective=workload.objective, top_n=workload.topn)
+        self.config = MTPDConfig.as_published(objective=workload.objective, top_n=workload.topn)
         self.weights = HeadWeights(self.config.alphas(heads, 0.1), self.config.betas(heads))
 
     def __call__(self, hidden: Tensor, output_layer: Any, labels: Tensor, mask: Tensor) -> Tensor:
@@ -166,47 +164,3 @@ class _MTPD:
                 logits, of_heads, of_heads, labels, mask, masks, self.weights, self.config, self.group
             )
         return attach_heads_loss(main_loss, mask, heads_loss).t()
-
-
-class Memory:
-    """Peak memory beyond what is taken when this is made: allocated on a GPU, resident on a CPU."""
-
-    def __init__(self) -> None:
-        if _has_gpu():
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the time before
-            self.before = _peak_resident()
-
-    def peak_extra_bytes(self) -> int:
-        """So far."""
-        return (torch.cuda.max_memory_allocated() if _has_gpu() else _peak_resident()) - self.before
-
-
-def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class CountBytes(TorchDispatchMode):
-    """Counts the bytes that this rank gives to collectives while the mode is on."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "c10d":
-            self.bytes += _largest_bytes(args)
-        return func(*args, **(kwargs or {}))
-
-
-def _largest_bytes(arguments: Any) -> int:
-    """Of a collective's tensors: the input of a scatter, the output of a gather."""
-    if isinstance(arguments, Tensor):
-        return arguments.nbytes
-    if isinstance(arguments, list):
-        return sum(_largest_bytes(x) for x in arguments)
-    return max((_largest_bytes(x) for x in arguments), default=0) if isinstance(arguments, tuple) else 0
-
-
-def _has_gpu() -> bool:
-    return bool(torch.version.cuda) and torch.cuda.device_count() > 0 and torch.cuda.is_available()

@@ -12,6 +12,7 @@ validation, so every metric is given as such a pair, and all three places show t
 | car/k | cumulative_acceptance_rate/head_k | CAR_k: heads 1..k were all accepted |
 | overlap/k | overlap/head_k | sum_v min(p, q): acceptance of a sampled draft |
 | tokens/step | tokens_per_step/greedy | tokens of one speculative step that follow from it |
+| objective | objective | 1: --mtpd-objective, 2: --mtpd-next-objective; only where there is a next one |
 """
 
 from __future__ import annotations

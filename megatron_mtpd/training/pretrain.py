@@ -33,10 +33,11 @@ from megatron_mtpd.config import MTPDConfig  # noqa: E402
 from megatron_mtpd.data.datasets import train_valid_test_datasets_provider  # noqa: E402
 from megatron_mtpd.model import MTPDModelConfig  # noqa: E402
 from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_from_args  # noqa: E402
+from megatron_mtpd.training.deepspeed_config import deepspeed_config_from_args  # noqa: E402
 from megatron_mtpd.training.forward_step import forward_step  # noqa: E402
 from megatron_mtpd.training.layer_pattern import expand_layer_flags  # noqa: E402
 from megatron_mtpd.training.metrics import MetricsWriter  # noqa: E402
-from megatron_mtpd.training.trainable import freeze  # noqa: E402
+from megatron_mtpd.training.trainable import freeze, settle_old_heads  # noqa: E402
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -51,11 +52,26 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def model_config_from_args(args: Namespace) -> MTPDModelConfig:
     """The model that the arguments describe. Raises ValueError for a combination that cannot work."""
+    settle_old_heads(args)
     mtpd = mtpd_config_from_args(args)
-    model_config = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
+    if args.engine == "deepspeed":
+        model_config = _deepspeed_model_config(args, mtpd)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
     model_config.mtpd = mtpd
     model_config.pre_wrap_hooks.append(partial(freeze, config=mtpd))
     model_config.eod_token_id = get_tokenizer().eod
+    return model_config
+
+
+def _deepspeed_model_config(args: Namespace, mtpd: MTPDConfig) -> MTPDModelConfig:
+    deepspeed = deepspeed_config_from_args(args, mtpd)
+    platform.prepare_deepspeed()
+    from megatron_mtpd.training.deepspeed_engine import DeepSpeedModelConfig  # an extra
+
+    model_config = hybrid_config_from_args(args, model_config_cls=DeepSpeedModelConfig)
+    model_config.deepspeed = deepspeed
+    args.use_distributed_optimizer = True  # what ZeRO is; checkpoints have that layout
     return model_config
 
 

@@ -147,6 +147,7 @@ def build(layout: Layout, toy: Toy) -> tuple[list, Any]:
     parallel_state.initialize_model_parallel(
         layout.tp,
         len(layout.stages),
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1 if layout.ep > 1 else None,
     )
@@ -196,7 +197,7 @@ def _set_globals(layout: Layout, toy: Toy) -> None:
     args = Namespace(
         create_attention_mask_in_dataloader=toy.documents,
         reset_attention_mask=toy.documents,
-        context_parallel_size=1,
+        context_parallel_size=layout.cp,
         micro_batch_size=toy.micro_batch_size,
         seq_length=SEQUENCE,
         mtp_num_layers=HEADS,

@@ -122,7 +122,7 @@ def test_a_middle_stage_tells_documents_apart():
 @pytest.mark.parametrize("loss", get_args(LossImplementation))
 @pytest.mark.parametrize("objective", get_args(Objective))
 def test_objectives_over_vocabulary_shards(objective, loss):
-    toy = Toy(mtpd=MTPDConfig(loss=loss, objective=objective, top_n=10, temperature=1.5), masked=True)
+    toy = Toy(mtpd=MTPDConfig.as_published(loss=loss, objective=objective, top_n=10, temperature=1.5), masked=True)
     check(train(LAYOUTS["tp2"], toy), alone(toy))
 
 

@@ -60,10 +60,10 @@ def test_slices_of_vocabulary_and_sequence(ranks, sequence_parallel):
     for objective in OBJECTIVES:
         for temperature in (1.0, 0.7):
             case = make_case(s=12, vocab=40)
-            cases.append((case, MTPDConfig(objective=objective, top_n=9, temperature=temperature)))
+            cases.append((case, MTPDConfig.as_published(objective=objective, top_n=9, temperature=temperature)))
     for shares in ((1.0, 0.0), (0.25, 0.75)):
         for two_lists in (False, True):
-            config = MTPDConfig(top_n=9, ce_output_share=shares[0], kd_output_share=shares[1])
+            config = MTPDConfig.as_published(top_n=9, ce_output_share=shares[0], kd_output_share=shares[1])
             cases.append((make_case(s=12, vocab=40, two_lists=two_lists), config))
     check(cases, ranks, sequence_parallel)
 
@@ -73,7 +73,13 @@ def test_ties_across_slices():
     case = make_case(vocab=40)
     case = case._replace(hidden=[x.round() for x in case.hidden], weight=case.weight.round())
     check(
-        [(case, MTPDConfig(objective=o, top_n=n)) for o in (OBJECTIVES[0], OBJECTIVES[4]) for n in (1, 7, 39)], 2, False
+        [
+            (case, MTPDConfig.as_published(objective=o, top_n=n))
+            for o in (OBJECTIVES[0], OBJECTIVES[4])
+            for n in (1, 7, 39)
+        ],
+        2,
+        False,
     )
 
 
@@ -83,7 +89,7 @@ def test_a_slice_without_any_of_the_top_tokens():
     weight[20:] *= 1e-3
     weight[20:, 0] -= 40.0  # far below all others
     hidden = [torch.cat([x[..., :1].abs() + 1, x[..., 1:]], -1) for x in case.hidden]
-    check([(case._replace(weight=weight, hidden=hidden), MTPDConfig(top_n=5))], 2, False)
+    check([(case._replace(weight=weight, hidden=hidden), MTPDConfig.as_published(top_n=5))], 2, False)
 
 
 def cut_of_slices(name: str) -> list[torch.Tensor]:
@@ -122,7 +128,7 @@ def traffic(sequence_parallel: bool) -> list[tuple[str, int]]:
     for name in names:
         setattr(dist, name, recorded(name))
     try:
-        fused_on_slices([(make_case(s=12, vocab=4096), MTPDConfig(top_n=100))], sequence_parallel)
+        fused_on_slices([(make_case(s=12, vocab=4096), MTPDConfig.as_published(top_n=100))], sequence_parallel)
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)

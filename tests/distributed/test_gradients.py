@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from megatron_mtpd.config import SHARES, LossImplementation
-from tests.distributed.layouts import ADAM_EPS, LEARNING_RATE, train
+from tests.distributed import gloo
+from tests.distributed.layouts import ADAM_EPS, LEARNING_RATE, build, train
 from tests.distributed.test_equivalence import check_tensors, difference, top10
-from tests.distributed.toy import HEADS, Layout, Toy, initial_weight
+from tests.distributed.toy import HEADS, Layout, Toy, initial_weight, samples
 
 pytestmark = pytest.mark.distributed
 
@@ -75,6 +76,20 @@ def test_shares_are_linear_and_independent(tied, loss):
         for name, value in gradients(toy, loss=loss, **CUT | {share: 1.0}).items():
             expected[name] += size * (value - cut[name])
     check_tensors(mixed, expected, TOLERANCE)
+
+
+def passes_of_the_output_layer() -> int:
+    core = build(ONE, Toy(mtpd=top10(loss="eager", ce_output_share=0.5)))[0][0].module
+    calls = []
+    core.output_layer.register_forward_pre_hook(lambda _module, _inputs: calls.append(1))
+    batch = {key: value[None] for key, value in samples(Toy())[0].items()}
+    with torch.no_grad():
+        core(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return len(calls)
+
+
+def test_without_gradients_shares_cost_nothing():
+    assert gloo.run(passes_of_the_output_layer, 1) == [1 + HEADS]
 
 
 @pytest.mark.parametrize(

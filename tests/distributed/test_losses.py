@@ -58,12 +58,14 @@ def check(
 
 @pytest.mark.parametrize(("ranks", "temperature"), [(2, 1.0), (4, 0.6)])
 def test_every_objective(ranks, temperature):
-    configs = [MTPDConfig(objective=objective, top_n=5, temperature=temperature) for objective in OBJECTIVES]
+    configs = [
+        MTPDConfig.as_published(objective=objective, top_n=5, temperature=temperature) for objective in OBJECTIVES
+    ]
     check(make_case(), configs, ranks)
 
 
 def test_every_n():
-    check(make_case(length=5), [MTPDConfig(top_n=n) for n in (1, 2, 6, 11, 12, 100)], 2)
+    check(make_case(length=5), [MTPDConfig.as_published(top_n=n) for n in (1, 2, 6, 11, 12, 100)], 2)
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.bfloat16), (2, torch.float16), (4, torch.float32)])
@@ -71,7 +73,11 @@ def test_ties_and_logits_of_low_precision(ranks, dtype):
     """Halves are exact in every dtype and tie often, across shards too."""
     case = make_case()
     case = case._replace(logits=[((z * 2).round() / 2).to(dtype) for z in case.logits])
-    configs = [MTPDConfig(top_n=3), MTPDConfig(top_n=6), *(MTPDConfig(objective=o) for o in ("reverse_kl", "lk"))]
+    configs = [
+        MTPDConfig.as_published(top_n=3),
+        MTPDConfig.as_published(top_n=6),
+        *(MTPDConfig.as_published(objective=o) for o in ("reverse_kl", "lk")),
+    ]
     # fp32 sums of some 60 losses of about 3 in another order, and gradients that are then rounded to the dtype.
     eps = torch.finfo(dtype).eps
     check(case, configs, ranks, tolerance={"rtol": 1e-5 + eps, "atol": 1e-5 + eps / 8})
@@ -86,8 +92,8 @@ def test_shards_of_which_nothing_can_be():
     case = case._replace(
         logits=[z.masked_fill(impossible, -torch.inf) for z in case.logits], labels=case.labels % 2 + 3
     )
-    others = [MTPDConfig(objective=objective) for objective in OBJECTIVES[1:]]
-    check(case, [MTPDConfig(top_n=4), MTPDConfig(top_n=10), *others], 4)
+    others = [MTPDConfig.as_published(objective=objective) for objective in OBJECTIVES[1:]]
+    check(case, [MTPDConfig.as_published(top_n=4), MTPDConfig.as_published(top_n=10), *others], 4)
 
 
 def test_masked_positions_leak_nothing():
@@ -97,7 +103,9 @@ def test_masked_positions_leak_nothing():
     case = case._replace(loss_mask=mask, document_ends=None)
     for z, head_mask in zip(case.logits, [mask, *case.masks()], strict=True):
         z[head_mask == 0] = torch.nan
-    results = run(on_shards, 2, case, [MTPDConfig(objective=o, top_n=5) for o in OBJECTIVES], WEIGHTS, False)
+    results = run(
+        on_shards, 2, case, [MTPDConfig.as_published(objective=o, top_n=5) for o in OBJECTIVES], WEIGHTS, False
+    )
     for outcome in (outcome for result in results for outcome in result):
         assert outcome.total.isfinite() and all(x.isfinite().all() for x in outcome.report)
         assert all(g.isfinite().all() for g in outcome.gradients[1:])
@@ -105,8 +113,10 @@ def test_masked_positions_leak_nothing():
 
 def test_two_lists_and_weights():
     for weights in (WEIGHTS, HeadWeights((0.1, 0.3, 0.2), (0.5, 0.7, 0.4), per_head_mean=False)):
-        check(make_case(), [MTPDConfig(objective=o, top_n=5) for o in OBJECTIVES], 2, weights, two_lists=True)
+        check(
+            make_case(), [MTPDConfig.as_published(objective=o, top_n=5) for o in OBJECTIVES], 2, weights, two_lists=True
+        )
 
 
 def test_two_groups_of_two():
-    check(make_case(), [MTPDConfig(top_n=5), MTPDConfig(objective="lk")], 4, tp=2)
+    check(make_case(), [MTPDConfig.as_published(top_n=5), MTPDConfig.as_published(objective="lk")], 4, tp=2)

@@ -17,8 +17,8 @@ from tests.distributed.toy import Layout, Toy
 
 pytestmark = pytest.mark.distributed
 
-DEFAULT = MTPDConfig(beta=[0.0])
-MEGATRON_RULE = MTPDConfig(beta=[0.0], cross_documents=True)
+DEFAULT = MTPDConfig.as_published(beta=[0.0])
+MEGATRON_RULE = MTPDConfig.as_published(beta=[0.0], cross_documents=True)
 ALL_CUT = replace(DEFAULT, **dict.fromkeys(SHARES, 0.0))
 LAYOUTS = {"one": Layout(), "tp2-sp": Layout(tp=2, sequence_parallel=True), "pp2": Layout(stages=(3, 1))}
 # One batch, not split: Megatron logs a mean of means, we a mean over all tokens.

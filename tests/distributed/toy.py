@@ -34,6 +34,7 @@ class Layout:
     tp: int = 1
     dp: int = 1
     ep: int = 1
+    cp: int = 1
     stages: tuple[int, ...] = (BLOCKS,)
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -41,14 +42,14 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.dp * len(self.stages)
+        return self.tp * self.cp * self.dp * len(self.stages)
 
 
 @dataclass(frozen=True)
 class Toy:
     """What is trained on what. Nothing in here may depend on the layout."""
 
-    mtpd: MTPDConfig = field(default_factory=lambda: MTPDConfig(top_n=10))
+    mtpd: MTPDConfig = field(default_factory=lambda: MTPDConfig.as_published(top_n=10))
     micro_batch_size: int = 2
     experts: int = 0
     tied: bool = False
@@ -109,6 +110,7 @@ def model_config(layout: Layout, toy: Toy) -> HybridModelConfig:
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": len(layout.stages),
         "expert_model_parallel_size": layout.ep,
+        "context_parallel_size": layout.cp,
         "sequence_parallel": layout.sequence_parallel,
         "calculate_per_token_loss": toy.per_token,
     }

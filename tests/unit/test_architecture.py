@@ -43,6 +43,7 @@ RULES = {
         "config platform provenance losses specs model data checkpoint",
         "torch numpy megatron.core megatron.training tensorboard matplotlib tqdm deepspeed",
     ),
+    "planning": May("config losses training", "megatron.training"),
     "speculative": May(
         "config platform provenance losses specs model data checkpoint",
         "torch numpy megatron.core megatron.training sentencepiece transformers tensorboard matplotlib tqdm",

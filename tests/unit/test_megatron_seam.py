@@ -17,7 +17,6 @@ from tests.distributed.toy import EOD, HEADS, SAMPLES, SEQUENCE, model_config, s
 import torch  # isort: skip  # after layouts: platform.setup comes before anything that may load Megatron
 from megatron.core.models.hybrid import hybrid_model  # isort: skip
 from megatron.core.optimizer import optimizer  # isort: skip
-from megatron.core.transformer.multi_token_prediction import roll_tensor  # isort: skip
 from megatron.training import argument_utils, arguments, training  # isort: skip
 from megatron.training.models import hybrid as hybrid_builder  # isort: skip
 
@@ -49,6 +48,9 @@ def facts() -> dict:
     model.post_process = False
     stacked = model(*inputs)
     (args, kwargs), *more = calls["mtp"]
+    layer_calls: list[tuple] = []
+    for layer in model.mtp.layers:
+        layer.register_forward_pre_hook(lambda _module, a, k: layer_calls.append((len(a), *k)), with_kwargs=True)
     return {
         "per_token": list(per_token.shape),
         "output_layer_calls": output_layer_calls,
@@ -60,11 +62,12 @@ def facts() -> dict:
         "embedding_calls": [(len(a), sorted(k)) for a, k in calls["embedding"]],
         "first_is_main": torch.equal(stacked[:SEQUENCE], kwargs["hidden_states"]),
         "runs_again": torch.equal(stacked, model.mtp(**kwargs)),
+        "layer_calls": [(positional, sorted(keywords)) for positional, *keywords in layer_calls],
     }
 
 
 def test_hidden_states_of_all_heads():
-    """`MTPDModel.hidden_states_of_all_heads` and `_gate_heads`, in model.py."""
+    """`MTPDModel.hidden_states_of_all_heads`, `_gate_heads` and `_feed_drafts`, in model.py."""
     (found,) = gloo.run(facts, 1)
     main = "adapt MTPDModel.hidden_states_of_all_heads in megatron_mtpd/model.py"
     expect(
@@ -83,6 +86,15 @@ def test_hidden_states_of_all_heads():
         found["embedding_calls"] == [(0, ["input_ids", "position_ids"])] * (1 + HEADS),
         f"the embedding is called with {found['embedding_calls']}, and not by keyword, once and once a head; {gate}",
     )
+    expect(
+        len(found["layer_calls"]) == HEADS
+        and all(
+            positional == 0 and {"hidden_states", "embedding", "input_ids"} <= set(keywords)
+            for positional, keywords in found["layer_calls"]
+        ),
+        f"the heads are called with {found['layer_calls']}: hidden_states and embedding are not keywords, or not once "
+        "a head; adapt MTPDModel._feed_drafts in megatron_mtpd/model.py",
+    )
     expect(found["runs_again"], f"a second call of the MTP block gives something else; {main}")
     expect(
         found["per_token"] == [SAMPLES, SEQUENCE] and found["output_layer_calls"] == 1 + HEADS,
@@ -95,10 +107,6 @@ def test_names_that_the_model_uses():
         expect(hasattr(hybrid_model, name), f"{hybrid_model.__name__}.{name} is gone; see megatron_mtpd/model.py")
     for name in ("shared_embedding_or_output_weight", "_scale_logits"):
         expect(hasattr(hybrid_model.HybridModel, name), f"HybridModel.{name} is gone; adapt MTPDModel.logits")
-    rolled = roll_tensor(torch.arange(4), shifts=-1, dims=0, cp_group=None)
-    expect(
-        isinstance(rolled, tuple) and rolled[0].tolist() == [1, 2, 3, 0], "roll_tensor changed; adapt MTPDModel._shift"
-    )
     expect(
         "mtp" in optimizer.SEPARATE_GRAD_NORM_GROUPS and optimizer.GRAD_NORM_GROUP_ATTR == "grad_norm_group",
         "gradients of a group 'mtp' are no longer clipped by their own norm; adapt MTPDModel.__init__ (clip_apart)",

@@ -212,7 +212,6 @@ REFUSED = [
     ("--distributed-backend nccl", "a GPU"),
     ("--distributed-backend=nccl", "a GPU"),
     ("--transformer-impl transformer_engine", "Transformer Engine"),
-    ("--context-parallel-size 2", "Transformer Engine"),
     ("--fp8-format hybrid", "Transformer Engine"),
     ("--cuda-graph-impl local", "a GPU"),
     ("--moe-grouped-gemm", "Transformer Engine"),

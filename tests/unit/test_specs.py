@@ -138,7 +138,6 @@ def test_dropout_in_training_alone_and_from_the_forked_stream():
 @pytest.mark.parametrize(
     ("flag", "options"),
     [
-        ("--context-parallel-size 2", {"context_parallel_size": 2}),
         ("--softmax-type off-by-one", {"softmax_type": "off-by-one"}),
         (r"--window-size \(4, 0\)", {"window_size": (4, 0)}),
     ],

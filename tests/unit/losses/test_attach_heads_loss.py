@@ -75,7 +75,7 @@ def test_any_other_upstream_gradient_is_refused(reduce):
 
 def test_attached_to_the_real_loss():
     """From logits to gradients, in the form that Megatron's loop uses."""
-    case, config, weights = make_case(), MTPDConfig(top_n=4), HeadWeights((0.1,) * 3, (0.5,) * 3)
+    case, config, weights = make_case(), MTPDConfig.as_published(top_n=4), HeadWeights((0.1,) * 3, (0.5,) * 3)
     expected = run_eager(case, config, weights)
     leaves = [z.clone().requires_grad_() for z in case.logits]
     main_loss, heads_loss, _ = mtpd_loss(

@@ -54,7 +54,7 @@ def check(case: Case, config: MTPDConfig, weights: HeadWeights) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(objective, temperature, per_head_mean):
-    config = MTPDConfig(objective=objective, top_n=4, temperature=temperature)
+    config = MTPDConfig.as_published(objective=objective, top_n=4, temperature=temperature)
     check(make_case(), config, HeadWeights((0.1, 0.3, 0.2), (0.5, 0.7, 0.4), per_head_mean))
 
 
@@ -69,7 +69,7 @@ def test_document_ends_and_masks(objective, cross_documents):
         [[0, 0, 0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]]
     ).T.bool()
     case = make_case(length=10, batch=3)._replace(loss_mask=loss_mask, document_ends=ends)
-    config = MTPDConfig(objective=objective, top_n=4, cross_documents=cross_documents)
+    config = MTPDConfig.as_published(objective=objective, top_n=4, cross_documents=cross_documents)
     check(case, config, HeadWeights((0.1,) * 3, (0.5,) * 3))
 
 
@@ -87,7 +87,7 @@ def test_masks_that_leave_little(objective, what):
     elif "second" in what:
         mask[::2] = 0
     case = case._replace(loss_mask=mask, document_ends=None)
-    config = MTPDConfig(objective=objective, top_n=4)
+    config = MTPDConfig.as_published(objective=objective, top_n=4)
     check(case, config, HeadWeights((0.1,) * 3, (0.5,) * 3))
     if what != "a sequence shorter than the heads":  # there, head 1 has a pair
         outcome = run_eager(case, config, HeadWeights((0.1,) * 3, (0.5,) * 3))
@@ -109,7 +109,7 @@ def test_any_small_case(length, batch, num_heads, vocab, top_n, flags, objective
     case = make_case(length, batch, num_heads, vocab)
     values = torch.tensor(flags[: length * batch]).reshape(length, batch)
     case = case._replace(loss_mask=(values != 0).double(), document_ends=values == 2)
-    config = MTPDConfig(objective=objective, top_n=top_n, cross_documents=cross_documents)
+    config = MTPDConfig.as_published(objective=objective, top_n=top_n, cross_documents=cross_documents)
     weights = HeadWeights([0.1 * (k + 1) for k in range(num_heads)], [0.5 / (k + 1) for k in range(num_heads)])
     check(case, config, weights)
 
@@ -119,7 +119,7 @@ def test_any_small_case(length, batch, num_heads, vocab, top_n, flags, objective
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_lists_part_the_gradients_and_change_nothing_else(objective):
-    case, config = make_case(), MTPDConfig(objective=objective, top_n=4)
+    case, config = make_case(), MTPDConfig.as_published(objective=objective, top_n=4)
     weights = HeadWeights((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     together = run_eager(case, config, weights)
     apart = run_eager(case, config, weights, two_lists=True)
@@ -136,7 +136,7 @@ def test_two_lists_part_the_gradients_and_change_nothing_else(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_beta_of_zero_is_plain_mtp(objective):
     """No graph at all for the distillation, and the report as ever."""
-    case, config = make_case(), MTPDConfig(objective=objective, top_n=4)
+    case, config = make_case(), MTPDConfig.as_published(objective=objective, top_n=4)
     plain = run_eager(case, config, HeadWeights((0.1,) * 3, (0.0,) * 3), two_lists=True)
     assert all(g is None for g in plain.raw_gradients[1 + case.num_heads :])
     assert plain.heads_loss == 0.1 * (plain.report.cross_entropy * scales(case)).sum()
@@ -150,7 +150,7 @@ def scales(case: Case) -> Tensor:
 
 
 def test_a_head_without_a_weight_gets_no_gradient():
-    case, config = make_case(), MTPDConfig(top_n=4)
+    case, config = make_case(), MTPDConfig.as_published(top_n=4)
     some = run_eager(case, config, HeadWeights((0.1,) * 3, (0.5, 0.0, 0.5)), two_lists=True)
     assert [g is None for g in some.raw_gradients[1 + case.num_heads :]] == [False, True, False]
 
@@ -158,14 +158,14 @@ def test_a_head_without_a_weight_gets_no_gradient():
 def test_the_main_head_gets_its_cross_entropy_alone():
     """The stop-gradient on the teacher: the gradient of the main head's logits does not depend on the heads."""
     case = make_case()
-    with_heads = run_eager(case, MTPDConfig(top_n=4), HeadWeights((1.0,) * 3, (5.0,) * 3))
-    without = run_eager(case, MTPDConfig(top_n=4), HeadWeights((0.0,) * 3, (0.0,) * 3))
+    with_heads = run_eager(case, MTPDConfig.as_published(top_n=4), HeadWeights((1.0,) * 3, (5.0,) * 3))
+    without = run_eager(case, MTPDConfig.as_published(top_n=4), HeadWeights((0.0,) * 3, (0.0,) * 3))
     assert torch.equal(with_heads.gradients[0], without.gradients[0])
 
 
 def test_sums_do_not_depend_on_how_the_batch_is_split():
     """What `--calculate-per-token-loss` needs of per_head_mean=False, and the report in any case."""
-    case, config = make_case(batch=4), MTPDConfig(top_n=4)
+    case, config = make_case(batch=4), MTPDConfig.as_published(top_n=4)
     for per_head_mean in (False, True):
         weights = HeadWeights((0.1,) * 3, (0.5,) * 3, per_head_mean)
         whole = run_eager(case, config, weights)
@@ -180,7 +180,7 @@ def test_sums_do_not_depend_on_how_the_batch_is_split():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     """Low-precision logits: losses in fp32, gradients in the dtype of the logits, both as good as that dtype allows."""
-    case, config = make_case(vocab=40), MTPDConfig(top_n=11)
+    case, config = make_case(vocab=40), MTPDConfig.as_published(top_n=11)
     rounded = case._replace(logits=[z.to(dtype) for z in case.logits])
     weights = HeadWeights((0.1,) * 3, (0.5,) * 3)
     ours = run_eager(rounded, config, weights)
@@ -200,7 +200,7 @@ def test_logits_are_not_overwritten():
     case = make_case()
     case = case._replace(logits=[z.float() for z in case.logits])
     before = [z.clone() for z in case.logits]
-    run_eager(case, MTPDConfig(top_n=4), HeadWeights((0.1,) * 3, (0.5,) * 3), clone=False)
+    run_eager(case, MTPDConfig.as_published(top_n=4), HeadWeights((0.1,) * 3, (0.5,) * 3), clone=False)
     assert all(torch.equal(x, y) for x, y in zip(case.logits, before, strict=True))
 
 
@@ -212,7 +212,7 @@ def test_logits_are_not_overwritten():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_masked_positions_leak_nothing(objective, bad, two_lists):
     """Neither into a value nor, as 0 * inf, into a gradient: all is as if they held zeros."""
-    case, config = make_case(batch=1), MTPDConfig(objective=objective, top_n=4)
+    case, config = make_case(batch=1), MTPDConfig.as_published(objective=objective, top_n=4)
     mask = torch.ones_like(case.loss_mask)
     mask[[2, 7]] = 0
     labels = case.labels.clone()
@@ -239,7 +239,7 @@ def test_masked_positions_leak_nothing(objective, bad, two_lists):
 
 
 def test_labels_outside_the_vocabulary_are_harmless_where_masked():
-    case, config = make_case(), MTPDConfig(top_n=4)
+    case, config = make_case(), MTPDConfig.as_published(top_n=4)
     mask = case.loss_mask
     outside = case._replace(labels=case.labels.masked_fill(mask == 0, -100))
     weights = HeadWeights((0.1,) * 3, (0.5,) * 3)
@@ -249,7 +249,7 @@ def test_labels_outside_the_vocabulary_are_harmless_where_masked():
 
 
 def test_masks_may_come_in_any_dtype():
-    case, config, weights = make_case(), MTPDConfig(top_n=4), HeadWeights((0.1,) * 3, (0.5,) * 3)
+    case, config, weights = make_case(), MTPDConfig.as_published(top_n=4), HeadWeights((0.1,) * 3, (0.5,) * 3)
     expected = run_eager(case, config, weights).total
     for dtype in (torch.bool, torch.int64, torch.bfloat16):
         mask = case.loss_mask.to(dtype)

@@ -160,26 +160,26 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(objective, temperature):
-    case, config = make_case(), MTPDConfig(objective=objective, top_n=9, temperature=temperature)
+    case, config = make_case(), MTPDConfig.as_published(objective=objective, top_n=9, temperature=temperature)
     assert_same(fused(case, config), eager(case, config))
 
 
 @pytest.mark.parametrize("top_n", [1, 2, 36, 37, 1000])
 def test_top_n_from_one_to_beyond_the_vocabulary(top_n):
-    case, config = make_case(), MTPDConfig(top_n=top_n)
+    case, config = make_case(), MTPDConfig.as_published(top_n=top_n)
     assert_same(fused(case, config), eager(case, config))
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 7, 60, None])
 @pytest.mark.parametrize("objective", ["topn_kl", "e2e_tv"])
 def test_chunks_need_not_divide(objective, chunk_rows):
-    case, config = make_case(), MTPDConfig(objective=objective, top_n=9)
+    case, config = make_case(), MTPDConfig.as_published(objective=objective, top_n=9)
     assert_same(fused(case, config, chunk_rows=chunk_rows), eager(case, config))
 
 
 def test_blocks_within_a_chunk(monkeypatch):
     monkeypatch.setattr(walk, "CPU_BLOCK", 3 * 4 * 37)  # three rows of four heads: 5 blocks, the last with padding
-    case, config = make_case(s=7), MTPDConfig(top_n=9, ce_output_share=0.5)
+    case, config = make_case(s=7), MTPDConfig.as_published(top_n=9, ce_output_share=0.5)
     assert_same(fused(case, config, chunk_rows=None), eager(case, config))
 
 
@@ -190,13 +190,13 @@ def test_blocks_within_a_chunk(monkeypatch):
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_shapes(objective, shape):
-    case, config = make_case(**shape), MTPDConfig(objective=objective, top_n=5)
+    case, config = make_case(**shape), MTPDConfig.as_published(objective=objective, top_n=5)
     assert_same(fused(case, config), eager(case, config))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_masks_that_leave_nothing(objective):
-    case, config = make_case(masked=1.1), MTPDConfig(objective=objective, top_n=9)
+    case, config = make_case(masked=1.1), MTPDConfig.as_published(objective=objective, top_n=9)
     outcome = fused(case, config)
     assert_same(outcome, eager(case, config))
     assert outcome.heads_loss == 0 and all(not g.any() for g in outcome.gradients if g is not None)
@@ -207,13 +207,13 @@ def test_masks_that_leave_nothing(objective):
 @pytest.mark.parametrize("objective", ["topn_kl", "lk"])
 def test_shares_of_the_output_layer(objective, shares, two_lists):
     case = make_case(two_lists=two_lists)
-    config = MTPDConfig(objective=objective, top_n=9, ce_output_share=shares[0], kd_output_share=shares[1])
+    config = MTPDConfig.as_published(objective=objective, top_n=9, ce_output_share=shares[0], kd_output_share=shares[1])
     assert_same(fused(case, config), eager(case, config))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_passes_of_the_heads(objective):
-    case, config = make_case(two_lists=True), MTPDConfig(objective=objective, top_n=9, temperature=1.3)
+    case, config = make_case(two_lists=True), MTPDConfig.as_published(objective=objective, top_n=9, temperature=1.3)
     assert_same(fused(case, config), eager(case, config))
 
 
@@ -231,7 +231,7 @@ def test_two_passes_of_the_heads(objective):
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 0.5)])
 def test_frozen_parts_get_no_gradient(frozen, shares):
     case = make_case()
-    config = MTPDConfig(top_n=9, ce_output_share=shares[0], kd_output_share=shares[1])
+    config = MTPDConfig.as_published(top_n=9, ce_output_share=shares[0], kd_output_share=shares[1])
     outcome = fused(case, config, frozen=frozenset(frozen))
     assert_same(outcome, eager(case, config, frozen=frozenset(frozen)))
     names = ["weight", "main", "head1", "head2", "head3"]
@@ -242,7 +242,7 @@ def test_a_frozen_weight_costs_no_buffer(monkeypatch):
     made = []
     original = walk.Gradients.__init__
     monkeypatch.setattr(walk.Gradients, "__init__", lambda self, *a: (original(self, *a), made.append(self))[0])
-    fused(make_case(), MTPDConfig(top_n=9), frozen=frozenset({"weight"}))
+    fused(make_case(), MTPDConfig.as_published(top_n=9), frozen=frozenset({"weight"}))
     assert made[0].weight is None
 
 
@@ -253,9 +253,9 @@ def test_without_gradients_nothing_is_held():
             *split(case, case.hidden),
             case.weight.clone().requires_grad_(),
             *case[2:],
-            MTPDConfig(top_n=9),
+            MTPDConfig.as_published(top_n=9),
         )
-    expected = eager(case, MTPDConfig(top_n=9))
+    expected = eager(case, MTPDConfig.as_published(top_n=9))
     assert not main_loss.requires_grad and not heads_loss.requires_grad
     assert_equal((main_loss, heads_loss), expected[:2])
     assert_equal(tuple(report), tuple(expected.report))
@@ -267,13 +267,13 @@ def test_weights_of_zero_are_plain_mtp(beta, per_head_mean):
     case = make_case()
     case = case._replace(weights=HeadWeights(case.weights.alpha, (beta * 3)[:3], per_head_mean))
     for objective in OBJECTIVES:
-        config = MTPDConfig(objective=objective, top_n=9)
+        config = MTPDConfig.as_published(objective=objective, top_n=9)
         assert_same(fused(case, config), eager(case, config))
 
 
 @pytest.mark.parametrize("logit_scale", [0.5, 3.0])
 def test_logit_scale(logit_scale):
-    case, config = make_case(), MTPDConfig(objective="lk", temperature=0.8)
+    case, config = make_case(), MTPDConfig.as_published(objective="lk", temperature=0.8)
     assert_same(fused(case, config, logit_scale=logit_scale), eager(case, config, logit_scale=logit_scale))
 
 
@@ -283,13 +283,13 @@ def test_ties(objective):
     case = make_case(vocab=64, h=3, dtype=torch.float64)
     case = case._replace(hidden=[x.round() for x in case.hidden], weight=case.weight.round())
     for top_n in (1, 7, 31):
-        config = MTPDConfig(objective=objective, top_n=top_n)
+        config = MTPDConfig.as_published(objective=objective, top_n=top_n)
         assert_same(fused(case, config), eager(case, config))
 
 
 def test_masked_positions_may_hold_anything():
     """Where no loss counts, nan in the hidden states reaches neither losses nor gradients."""
-    clean, config = make_case(masked=0.3), MTPDConfig(top_n=9)
+    clean, config = make_case(masked=0.3), MTPDConfig.as_published(top_n=9)
     dirty = clean._replace(hidden=[x.clone() for x in clean.hidden])
     dirty.hidden[0][clean.loss_mask == 0] = torch.nan
     for x, mask in zip(dirty.hidden[1:], clean.masks, strict=True):
@@ -308,7 +308,7 @@ def test_logits_of_minus_infinity():
     kd_weights = torch.rand(2, 4).double()
     labels, weights = torch.tensor([0, 1, 3, 8]), RowWeights(torch.rand(3, 4).double(), kd_weights)
     for objective in OBJECTIVES[:-1]:
-        config = MTPDConfig(objective=objective, top_n=4, temperature=1.5)
+        config = MTPDConfig.as_published(objective=objective, top_n=4, temperature=1.5)
         reference: Any = logits.clone().requires_grad_()
         ce = objectives.cross_entropy(reference, labels.expand(3, -1))
         kd = torch.stack([objectives.distillation(reference[0], z, config) for z in reference[1:]])
@@ -325,7 +325,7 @@ def test_logits_of_minus_infinity():
 
 def test_tied_weights():
     """The output weight is an embedding, too: both gradients add up."""
-    case, config = make_case(), MTPDConfig(top_n=9)
+    case, config = make_case(), MTPDConfig.as_published(top_n=9)
     embedded = case.weight.clone().requires_grad_()
     ids = case.labels
     hidden, _ = leaves(case, frozenset())
@@ -341,7 +341,7 @@ def test_tied_weights():
 
 @pytest.mark.parametrize("tells", [False, True])
 def test_accumulates_into_main_grad(tells):
-    case, config = make_case(), MTPDConfig(top_n=9)
+    case, config = make_case(), MTPDConfig.as_published(top_n=9)
     weight: Any = torch.nn.Parameter(case.weight.clone())
     weight.main_grad = torch.ones_like(weight)
     if tells:
@@ -361,7 +361,9 @@ def test_main_grad_is_left_alone_unless_asked():
     case = make_case()
     weight: Any = torch.nn.Parameter(case.weight.clone())
     weight.main_grad = torch.ones_like(weight)
-    finish(case, *fused_mtpd_loss(*split(case, case.hidden), weight, *case[2:], MTPDConfig(top_n=9)), [], 0.25)
+    finish(
+        case, *fused_mtpd_loss(*split(case, case.hidden), weight, *case[2:], MTPDConfig.as_published(top_n=9)), [], 0.25
+    )
     assert (weight.main_grad == 1).all() and weight.grad.any()
 
 
@@ -369,7 +371,9 @@ def test_main_grad_is_left_alone_unless_asked():
 def test_another_upstream_gradient_is_refused(spoil):
     case = make_case(masked=0.5)
     hidden, weight = leaves(case, frozenset())
-    main_loss, heads_loss, _ = fused_mtpd_loss(*split(case, hidden), weight, *case[2:], MTPDConfig(top_n=9))
+    main_loss, heads_loss, _ = fused_mtpd_loss(
+        *split(case, hidden), weight, *case[2:], MTPDConfig.as_published(top_n=9)
+    )
     with pytest.raises(RuntimeError, match="loss mask"):
         (spoil(main_loss) + heads_loss).backward()
 
@@ -377,7 +381,9 @@ def test_another_upstream_gradient_is_refused(spoil):
 def test_a_second_backward_is_refused():
     case = make_case()
     hidden, weight = leaves(case, frozenset())
-    main_loss, heads_loss, _ = fused_mtpd_loss(*split(case, hidden), weight, *case[2:], MTPDConfig(top_n=9))
+    main_loss, heads_loss, _ = fused_mtpd_loss(
+        *split(case, hidden), weight, *case[2:], MTPDConfig.as_published(top_n=9)
+    )
     total = (main_loss * case.loss_mask).sum() + heads_loss
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second"):
@@ -385,7 +391,7 @@ def test_a_second_backward_is_refused():
 
 
 def test_shapes_that_do_not_fit_are_named():
-    case, config = make_case(), MTPDConfig()
+    case, config = make_case(), MTPDConfig.as_published()
     main, for_ce, for_kd = split(case, case.hidden)
     rest = case[2:]
     for hidden, weight in (((main[:-1], for_ce, for_kd), case.weight), ((main, for_ce, for_kd), case.weight[:, 1:])):
@@ -411,7 +417,7 @@ def test_error_is_within_that_of_the_naive_loss(objective, dtype):
     scaled = exact._replace(weight=exact.weight * 0.3)
     low = scaled._replace(hidden=[x.to(dtype) for x in scaled.hidden], weight=scaled.weight.to(dtype))
     exact = low._replace(hidden=[x.double() for x in low.hidden], weight=low.weight.double())
-    config = MTPDConfig(objective=objective, top_n=20)
+    config = MTPDConfig.as_published(objective=objective, top_n=20)
     reference, naive, actual = eager(exact, config), eager(low, config), fused(low, config, chunk_rows=30)
 
     def error(x: Tensor, y: Tensor) -> float:
@@ -443,7 +449,7 @@ def test_any_small_problem(data):
         seed=draw(st.integers(0, 10_000)),
     )
     share = st.sampled_from([0.0, 0.3, 1.0])
-    config = MTPDConfig(
+    config = MTPDConfig.as_published(
         objective=draw(st.sampled_from(OBJECTIVES)),
         top_n=draw(st.integers(1, 45)),
         temperature=draw(st.sampled_from([1.0, 0.6, 2.0])),

@@ -57,21 +57,21 @@ def check(config: MTPDConfig, teacher: Tensor, student: Tensor, tolerance=EXACT)
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("objective", PAIRWISE)
 def test_value_and_gradient(objective, temperature):
-    check(MTPDConfig(objective=objective, top_n=5, temperature=temperature), *logits(3, 2, 13))
+    check(MTPDConfig.as_published(objective=objective, top_n=5, temperature=temperature), *logits(3, 2, 13))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("objective", PAIRWISE)
 def test_lower_precision_is_fp32_inside(objective, dtype):
-    check(MTPDConfig(objective=objective, top_n=9), *logits(4, 41, dtype=dtype), FP32)
+    check(MTPDConfig.as_published(objective=objective, top_n=9), *logits(4, 41, dtype=dtype), FP32)
 
 
 @pytest.mark.parametrize("n", [*range(1, 8), 100])
 def test_every_n_from_one_to_beyond_the_vocabulary(n):
     teacher, student = logits(4, 7)
-    check(MTPDConfig(top_n=n), teacher, student)
+    check(MTPDConfig.as_published(top_n=n), teacher, student)
     if n >= 7:  # then it is the full KL
-        full = objectives.distillation(teacher, student, MTPDConfig(objective="kl"))
+        full = objectives.distillation(teacher, student, MTPDConfig.as_published(objective="kl"))
         torch.testing.assert_close(objectives.topn_kl(teacher, student, n), full, **EXACT)
 
 
@@ -96,7 +96,7 @@ def test_ties_at_the_threshold_are_all_in_the_set(n, dtype):
     teacher = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [3, 2, 2, 2, 1, 0, 0, -1], [0, -0.0, 0, 5, -0.0, -1, -2, -3]])
     teacher = teacher.to(dtype)
     student = logits(3, 8, dtype=dtype)[1]
-    check(MTPDConfig(top_n=n), teacher, student, EXACT if dtype == torch.float64 else FP32)
+    check(MTPDConfig.as_published(top_n=n), teacher, student, EXACT if dtype == torch.float64 else FP32)
     gradient = value_and_gradient(objectives.topn_kl(teacher, student, n), student)[1]
     inside = torch.tensor([[i in naive.top_set(row, n) for i in range(8)] for row in teacher])
     assert not gradient[~inside].any()  # no gradient reaches a token outside the set
@@ -117,7 +117,7 @@ def test_tokens_that_cannot_be_are_not_there(objective, n):
     """-inf in both rows, as for the padded end of a vocabulary: the result is that of the vocabulary without them."""
     teacher, student = logits(3, 9)
     impossible = torch.tensor([False, True, False, False, False, True, False, True, False])
-    config = MTPDConfig(objective=objective, top_n=n)
+    config = MTPDConfig.as_published(objective=objective, top_n=n)
     short = student.detach()[:, ~impossible].requires_grad_()
     expected, expected_gradient = value_and_gradient(
         objectives.distillation(teacher[:, ~impossible], short, config), short
@@ -134,7 +134,7 @@ def test_what_only_the_teacher_rules_out_gives_finite_gradients(objective):
     teacher, student = logits(3, 9)
     teacher[:, 2] = -INF
     losses, gradient = value_and_gradient(
-        objectives.distillation(teacher, student, MTPDConfig(objective=objective, top_n=9)), student
+        objectives.distillation(teacher, student, MTPDConfig.as_published(objective=objective, top_n=9)), student
     )
     assert losses.isfinite().all() and gradient.isfinite().all()
     # top_n covers the vocabulary, so the student still has to take its mass away from token 2.
@@ -148,7 +148,7 @@ def test_large_logits_neither_overflow_nor_lose_the_gradient(objective, dtype):
     teacher = torch.tensor([[largest, 0.0, -largest], [largest, largest, 0.0]], dtype=dtype)
     student = torch.tensor([[largest, -largest, 0.0], [0.0, 1.0, 2.0]], dtype=dtype, requires_grad=True)
     losses, gradient = value_and_gradient(
-        objectives.distillation(teacher, student, MTPDConfig(objective=objective, top_n=2)), student
+        objectives.distillation(teacher, student, MTPDConfig.as_published(objective=objective, top_n=2)), student
     )
     assert losses.isfinite().all() and gradient.isfinite().all()
 
@@ -158,7 +158,7 @@ def test_an_equal_student_is_at_the_minimum(objective):
     teacher = logits(5, 17)[0]
     student = teacher.clone().requires_grad_()
     losses, gradient = value_and_gradient(
-        objectives.distillation(teacher, student, MTPDConfig(objective=objective, top_n=6)), student
+        objectives.distillation(teacher, student, MTPDConfig.as_published(objective=objective, top_n=6)), student
     )
     # Zero up to the rounding of sums that are 1.
     torch.testing.assert_close(losses, torch.zeros_like(losses), **EXACT)
@@ -170,7 +170,7 @@ def test_nothing_reaches_the_teacher_and_nothing_is_overwritten(objective):
     teacher, student = logits(2, 9, dtype=torch.float32)  # fp32 is where a promotion makes no copy
     teacher.requires_grad_()
     copies = teacher.clone(), student.clone()
-    objectives.distillation(teacher, student, MTPDConfig(objective=objective, top_n=4)).sum().backward()
+    objectives.distillation(teacher, student, MTPDConfig.as_published(objective=objective, top_n=4)).sum().backward()
     assert teacher.grad is None and student.grad is not None
     assert torch.equal(teacher, copies[0]) and torch.equal(student, copies[1])
 
@@ -178,17 +178,18 @@ def test_nothing_reaches_the_teacher_and_nothing_is_overwritten(objective):
 def test_lk_goes_from_kl_to_total_variation():
     teacher, student = logits(4, 11)
     by_name = {
-        name: objectives.distillation(teacher, student, MTPDConfig(objective=name)).detach() for name in ("kl", "tv")
+        name: objectives.distillation(teacher, student, MTPDConfig.as_published(objective=name)).detach()
+        for name in ("kl", "tv")
     }
-    never_tv = objectives.distillation(teacher, student, MTPDConfig(objective="lk", lk_eta=0.0))
+    never_tv = objectives.distillation(teacher, student, MTPDConfig.as_published(objective="lk", lk_eta=0.0))
     torch.testing.assert_close(never_tv.detach(), by_name["kl"], **EXACT)
-    only_tv = objectives.distillation(teacher, student, MTPDConfig(objective="lk", lk_eta=1e9))
+    only_tv = objectives.distillation(teacher, student, MTPDConfig.as_published(objective="lk", lk_eta=1e9))
     torch.testing.assert_close(only_tv.detach(), by_name["tv"], **EXACT)
 
 
 def test_e2e_tv_is_no_function_of_one_head():
     with pytest.raises(ValueError, match="e2e_tv"):
-        objectives.distillation(*logits(2, 5), MTPDConfig(objective="e2e_tv"))
+        objectives.distillation(*logits(2, 5), MTPDConfig.as_published(objective="e2e_tv"))
 
 
 # Cross-entropy, overlap ----------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ properties = settings(deadline=None, derandomize=True, database=None, max_exampl
 @given(rows_of_logits, st.integers(1, 13), st.sampled_from(PAIRWISE), st.floats(0.25, 4.0))
 def test_bounds_and_invariance(pair, n, objective, temperature):
     teacher, student = (torch.tensor(row, dtype=torch.float64) for row in pair)
-    config = MTPDConfig(objective=objective, top_n=n, temperature=temperature)
+    config = MTPDConfig.as_published(objective=objective, top_n=n, temperature=temperature)
     loss = objectives.distillation(teacher, student, config)
     # A divergence of numbers up to 240 (30 / 0.25, twice) is exact to 1e-13 of that.
     assert loss >= -1e-10 and loss.isfinite()
@@ -308,7 +309,10 @@ def test_bounds_and_invariance(pair, n, objective, temperature):
 @given(rows_of_logits, st.integers(1, 13))
 def test_what_is_known_about_each_pair(pair, n):
     teacher, student = (torch.tensor(row, dtype=torch.float64) for row in pair)
-    by_name = {name: objectives.distillation(teacher, student, MTPDConfig(objective=name)).item() for name in PAIRWISE}
+    by_name = {
+        name: objectives.distillation(teacher, student, MTPDConfig.as_published(objective=name)).item()
+        for name in PAIRWISE
+    }
     assert by_name["tv"] ** 2 <= by_name["kl"] / 2 + 1e-10  # Pinsker
     assert by_name["tv"] ** 2 <= by_name["reverse_kl"] / 2 + 1e-10
     # Restricting to a set cannot add divergence inside it: P(S) KL_S <= KL (chain rule).

@@ -25,6 +25,10 @@ def parse(parser, *argv, **megatron):
         "dataloader_inter_document_masking": False,
         "hybrid_context_parallel": False,
         "fp16_lm_cross_entropy": False,
+        "fp8_output_proj": False,
+        "train_iters": 300,
+        "train_samples": None,
+        "global_batch_size": 8,
         "defer_embedding_wgrad_compute": False,
         "use_megatron_fsdp": False,
         "use_torch_fsdp2": False,
@@ -42,7 +46,20 @@ def parse(parser, *argv, **megatron):
 
 
 def test_no_flag_gives_the_defaults(parser):
-    assert mtpd_config_from_args(parse(parser)) == MTPDConfig()
+    assert mtpd_config_from_args(parse(parser)) == MTPDConfig(distill_start=200)
+
+
+@pytest.mark.parametrize(
+    ("argv", "megatron", "start"),
+    [
+        ([], {}, 200),
+        ([], {"train_iters": None, "train_samples": 1200}, 100),
+        (["--mtpd-train", "heads"], {}, 0),  # a trained main head teaches at once, and pays nothing
+        (["--mtpd-distill-start", "7"], {}, 7),
+    ],
+)
+def test_distillation_begins_in_the_last_third(parser, argv, megatron, start):
+    assert mtpd_config_from_args(parse(parser, *argv, **megatron)).distill_start == start
 
 
 def test_every_field_has_a_flag_with_help(parser):
@@ -66,9 +83,26 @@ def test_flags_reach_the_config(parser):
     argv += ["--mtpd-kd-trunk-share", "0.5", "--mtpd-cross-documents"]
     config = mtpd_config_from_args(parse(parser, *argv, hidden_dropout=0.0, attention_dropout=0.0))
     expected = MTPDConfig(
-        objective="lk", top_n=7, beta=[0.5, 0.25], kd_trunk_share=0.5, clip_apart=False, cross_documents=True
+        objective="lk",
+        top_n=7,
+        beta=[0.5, 0.25],
+        kd_trunk_share=0.5,
+        clip_apart=False,
+        cross_documents=True,
+        distill_start=200,
     )
     assert config == expected
+    argv = ["--mtpd-alpha", "0.2", "--mtpd-head-decay", "0.6", "--mtpd-on-policy-fraction", "0.25"]
+    argv += ["--mtpd-next-objective", "e2e_tv", "--mtpd-next-objective-start", "1000"]
+    expected = MTPDConfig(
+        alpha=0.2,
+        head_decay=0.6,
+        on_policy_fraction=0.25,
+        distill_start=200,
+        next_objective="e2e_tv",
+        next_objective_start=1000,
+    )
+    assert mtpd_config_from_args(parse(parser, *argv)) == expected
 
 
 def test_detach_heads_cuts_every_share(parser):
@@ -86,6 +120,8 @@ def test_detach_heads_cuts_every_share(parser):
         (["--mtpd-alpha", "-1"], {}, "--mtpd-alpha"),
         (["--mtpd-ce-output-share", "1.5"], {}, "--mtpd-ce-output-share is 1.5"),
         ([], {"mtp_num_layers": None}, "no MTP heads"),
+        (["--mtpd-on-policy-fraction", "0.5"], {"mtp_num_layers": 1}, "--mtpd-on-policy-fraction 0.5 .* has one"),
+        (["--mtpd-next-objective", "tv"], {}, "--mtpd-next-objective-start is 0"),
         ([], {"sft": True}, "--sft"),
         ([], {"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy"),
         ([], {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),

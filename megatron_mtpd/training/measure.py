@@ -1,0 +1,55 @@
+"""What a step takes beside time: peak memory, and bytes given to collectives. For the benchmarks."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Memory:
+    """Peak memory beyond what is taken when this is made: allocated on a GPU, resident on a CPU."""
+
+    def __init__(self) -> None:
+        if has_gpu():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the time before
+            self.before = _peak_resident()
+
+    def peak_extra_bytes(self) -> int:
+        """So far."""
+        return (torch.cuda.max_memory_allocated() if has_gpu() else _peak_resident()) - self.before
+
+
+def _peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class CountBytes(TorchDispatchMode):
+    """Counts the bytes that this rank gives to collectives while the mode is on."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "c10d":
+            self.bytes += _largest_bytes(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _largest_bytes(arguments: Any) -> int:
+    """Of a collective's tensors: the input of a scatter, the output of a gather."""
+    if isinstance(arguments, Tensor):
+        return arguments.nbytes
+    if isinstance(arguments, list):
+        return sum(_largest_bytes(x) for x in arguments)
+    return max((_largest_bytes(x) for x in arguments), default=0) if isinstance(arguments, tuple) else 0
+
+
+def has_gpu() -> bool:
+    return bool(torch.version.cuda) and torch.cuda.device_count() > 0 and torch.cuda.is_available()
