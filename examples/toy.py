@@ -24,6 +24,10 @@ MODEL = [
     *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.02"),
 ]
+# The output layer learns from the heads too, as in Megatron's own MTP and in the paper.
+WITH_OUTPUT = ["--mtpd-ce-output-share", "1", "--mtpd-kd-output-share", "1"]
+PLAIN_MTP = ["--mtpd-beta", "0", *WITH_OUTPUT]
+AS_PUBLISHED = ["--mtpd-distill-start", "0", *WITH_OUTPUT]
 
 
 def prepare_data(folder: Path) -> tuple[Path, Path]:

@@ -53,7 +53,8 @@ class MTPDConfig:
     --mtp-loss-scaling-factor divided by the number of heads, as in Megatron."""
 
     beta: PerHead | None = None
-    """Weight of each head's distillation: one value for all heads or one per head. 0 is plain MTP. Default: 1.0 with
+    """Weight of each head's distillation: one value for all heads or one per head. 0, with a
+    --mtpd-ce-output-share of 1, is plain MTP. Default: 1.0 with
     one head, 0.5 with more (the paper's values for 1 and 4 heads)."""
 
     head_decay: float = 1.0

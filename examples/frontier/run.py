@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toy import ROOT, final_validation, prepare_data, train, training_command
+from toy import AS_PUBLISHED, PLAIN_MTP, ROOT, final_validation, prepare_data, train, training_command
 
 from megatron_mtpd.provenance import provenance
 
@@ -28,12 +28,13 @@ def shares(**values: float) -> list[str]:
 
 
 KD_CUT = {"kd_trunk": 0, "kd_embedding": 0, "kd_output": 0}
+OTHER_OBJECTIVES = ("kl", "reverse_kl", "tv", "lk", "e2e_tv")
 LATE = ["--mtpd-distill-start", "{late}"]  # of the steps' last third
 ALL_CUT = {**KD_CUT, "ce_trunk": 0, "ce_embedding": 0, "ce_output": 0}
-VARIANTS = {
-    "mtp": ["--mtpd-beta", "0"],
-    "mtp, output cut": ["--mtpd-beta", "0", *shares(ce_output=0)],
-    "mtp, all cut": ["--mtpd-beta", "0", *shares(**ALL_CUT)],
+CHANGES = {
+    "mtp": PLAIN_MTP,
+    "mtp, output cut": [*PLAIN_MTP, *shares(ce_output=0)],
+    "mtp, all cut": [*PLAIN_MTP, *shares(**ALL_CUT)],
     "topn_kl": [],
     "topn_kl, kd output cut": shares(kd_output=0),
     "topn_kl, output cut": shares(ce_output=0, kd_output=0),
@@ -42,15 +43,12 @@ VARIANTS = {
     "topn_kl, all cut": shares(**ALL_CUT),
     "topn_kl, late": LATE,
     "topn_kl, kd output cut, late": [*shares(kd_output=0), *LATE],
-    "topn_kl, output cut, late": [*shares(ce_output=0, kd_output=0), *LATE],
+    "topn_kl, output cut, late": [*shares(ce_output=0, kd_output=0), *LATE],  # the default
     "topn_kl, kd cut, late": [*shares(**KD_CUT), *LATE],
     "topn_kl, all cut, late": [*shares(**ALL_CUT), *LATE],
-    "kl, all cut": ["--mtpd-objective", "kl", *shares(**ALL_CUT)],
-    "reverse_kl, all cut": ["--mtpd-objective", "reverse_kl", *shares(**ALL_CUT)],
-    "tv, all cut": ["--mtpd-objective", "tv", *shares(**ALL_CUT)],
-    "lk, all cut": ["--mtpd-objective", "lk", *shares(**ALL_CUT)],
-    "e2e_tv, all cut": ["--mtpd-objective", "e2e_tv", *shares(**ALL_CUT)],
+    **{f"{name}, all cut": ["--mtpd-objective", name, *shares(**ALL_CUT)] for name in OTHER_OBJECTIVES},
 }
+VARIANTS = {variant: [*AS_PUBLISHED, *changes] for variant, changes in CHANGES.items()}
 
 
 def main() -> None:

@@ -21,13 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report import draw, summarize, table
-from toy import ROOT, prepare_data, train, training_command
+from toy import PLAIN_MTP, ROOT, prepare_data, train, training_command
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.iterations import read_tracker
 from megatron_mtpd.data.stdlib_corpus import stdlib_files
 
-VARIANTS = {"mtpd": [], "mtp": ["--mtpd-beta", "0"]}
+VARIANTS = {"mtpd": [], "mtp": PLAIN_MTP}
 NEW_TOKENS = 48  # of the model's 128 positions; prompts have the others
 HELD_OUT = 0.05  # of the documents, the last ones: not trained on (`--split 95,5,0`)
 

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from decoding import decode, print_decoding
 from report import TITLES, draw, print_table, summarize, write
-from toy import ROOT, prepare_data, train, training_command
+from toy import PLAIN_MTP, ROOT, prepare_data, train, training_command
 
-VARIANTS = {"mtp": ["--mtpd-beta", "0"], "mtpd": []}
+VARIANTS = {"mtp": PLAIN_MTP, "mtpd": []}
 NUM_HEADS = 4
 
 

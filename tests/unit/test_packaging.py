@@ -30,7 +30,7 @@ def requirements(*extras: str) -> list[Requirement]:
     for extra in extras:
         for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
             is_self = requirement.name == PROJECT["name"]
-            found += requirements(*requirement.extras) if is_self else [requirement]
+            found += requirements(*sorted(requirement.extras)) if is_self else [requirement]
     return found
 
 
