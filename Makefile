@@ -16,8 +16,9 @@ env: ## Make or update .venv (PYTHON=/path/to/python3.12 to choose)
 quickstart: env ## Train, distil and benchmark a small model here, about 5 minutes (QUICK=1: under 90 seconds)
 	$(PYTHON_BIN) examples/quickstart/run.py
 
-test: env ## Run the tests (ARGS="-k losses -x" goes to pytest)
-	$(PYTHON_BIN) -m pytest $(ARGS)
+test: env ## Run the tests, two at a time, then those on a Slurm cluster (ARGS="-k losses -x": only these, to pytest)
+	$(PYTHON_BIN) -m pytest -n 2 --dist loadfile -m "not slurm and not serving" $(ARGS)
+	$(if $(ARGS),,$(PYTHON_BIN) -m pytest tests/slurm -m slurm)
 
 test-slurm: env ## Run only the tests on a Slurm cluster, which they start here (root; packages: slurm/README.md)
 	$(PYTHON_BIN) -m pytest tests/slurm -m slurm $(ARGS)

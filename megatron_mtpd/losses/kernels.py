@@ -53,7 +53,7 @@ def choose(device: torch.device, choice: Choice | None = None) -> Kernels:
         choice = "triton" if device.type == "cuda" and has_triton else "torch"
         if device.type == "cuda" and not has_triton:
             _say(logging.WARNING, "Triton is not installed: the loss runs on torch's kernels, which take longer.")
-    _say(logging.INFO, f"Loss kernels on {device.type}: {choice}")
+    _say(logging.INFO if device.type == "cuda" else logging.DEBUG, f"Loss kernels on {device.type}: {choice}")
     return _triton() if choice == "triton" else TORCH
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_mtpd.losses.walk import CPU_BLOCK, CPU_CHUNK, CPU_CHUNK_LOGITS, GPU_CHUNK
+from megatron_mtpd.losses.walk import CPU_BLOCK, CPU_CHUNK, CPU_CHUNK_LEAST, CPU_CHUNK_LOGITS, GPU_CHUNK
 from megatron_mtpd.planning import activations, parameters
 from megatron_mtpd.planning.parameters import Count
 from megatron_mtpd.planning.shape import Run
@@ -132,7 +132,7 @@ def _eager(run: Run, vocabulary: int) -> float:
 def _fused(run: Run, vocabulary: int) -> float:
     model, step = run.model, run.step
     heads, on_cpu, e = 1 + model.heads, step.stack == "cpu", step.bytes_weight
-    most = min(CPU_CHUNK, CPU_CHUNK_LOGITS // vocabulary) if on_cpu else GPU_CHUNK
+    most = min(CPU_CHUNK, max(CPU_CHUNK_LEAST, CPU_CHUNK_LOGITS // vocabulary)) if on_cpu else GPU_CHUNK
     rows = min(max(1, most // heads), _rows(run)) * heads
     table = vocabulary * model.hidden
     of_weight = 4.0 * table if step.trained == "all" else 0.0

@@ -37,7 +37,7 @@ LAYOUTS = {
     "tp2-dp2": Layout(tp=2, dp=2),
     "tp2-sp-dp2-sharded": Layout(tp=2, sequence_parallel=True, dp=2, distributed_optimizer=True),
 }
-top10 = partial(MTPDConfig, top_n=10)
+top10 = partial(MTPDConfig.as_published, top_n=10)
 UNEQUAL_SHARES = top10(
     ce_embedding_share=0.75,
     ce_output_share=0.5,

@@ -31,7 +31,7 @@ FLAGS = """
 --num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads 4 --group-query-attention
 --num-query-groups 2 --swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
 --attention-dropout 0 --hidden-dropout 0 --seq-length 8 --max-position-embeddings 8 --mtpd-top-n 100
---mock-data --tokenizer-type NullTokenizer --vocab-size 62 --make-vocab-size-divisible-by 64 --num-workers 0
+--mock-data --tokenizer-type NullTokenizer --vocab-size 62 --make-vocab-size-divisible-by 32 --num-workers 0
 --micro-batch-size 1 --global-batch-size 2 --train-iters 100 --lr 0.1 --lr-decay-style constant --adam-eps 0.1
 --mtpd-distill-start 0 --use-distributed-optimizer
 --eval-iters 0 --eval-interval 1000 --log-interval 100 --save-interval 1000

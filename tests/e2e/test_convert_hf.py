@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 TRAINING = (
     "--seq-length 32 --mock-data --micro-batch-size 2 --global-batch-size 2 --train-iters 2 --lr 1e-3 "
-    "--lr-decay-style constant --eval-iters 0 --split 100,0,0 --num-workers 0 "
+    "--lr-decay-style constant --save-interval 100 --eval-iters 0 --split 100,0,0 --num-workers 0 "
     "--no-create-attention-mask-in-dataloader --mtpd-train heads --no-save-optim --ckpt-format torch_dist"
 )
 

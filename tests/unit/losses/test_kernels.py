@@ -35,7 +35,7 @@ def no_triton(monkeypatch):
 
 
 def test_by_the_device(triton, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     assert kernels.choose(CPU).name == "torch"
     assert kernels.choose(GPU).name == kernels.choose(GPU, "auto").name == "triton"
     assert caplog.messages == ["Loss kernels on cpu: torch", "Loss kernels on cuda: triton"]  # once each
