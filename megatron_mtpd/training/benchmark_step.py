@@ -229,13 +229,11 @@ def _num_heads(flags: list[str]) -> int:
 
 
 def _peak_bytes() -> int:
-    import resource
-
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from megatron_mtpd.training.measure import peak_resident_bytes
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path, options: Namespace, flags: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,17 @@ class Memory:
             self.before = torch.cuda.memory_allocated()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the time before
-            self.before = _peak_resident()
+            self.before = peak_resident_bytes()
 
     def peak_extra_bytes(self) -> int:
         """So far."""
-        return (torch.cuda.max_memory_allocated() if has_gpu() else _peak_resident()) - self.before
+        return (torch.cuda.max_memory_allocated() if has_gpu() else peak_resident_bytes()) - self.before
 
 
-def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_resident_bytes() -> int:
+    """Of this process. Not getrusage's, which begins with the peak of the process that started this one."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 class CountBytes(TorchDispatchMode):
