@@ -162,4 +162,5 @@ def _method(method: str, rows: Rows) -> Callable[[Any], Any]:
 
 if __name__ == "__main__":
     method, rows, repeats, store = json.loads(sys.argv[1])
-    print(json.dumps(_measure(method, Rows(**rows), repeats, store)))
+    print(json.dumps(_measure(method, Rows(**rows), repeats, store)), flush=True)
+    os._exit(0)  # gloo's threads now and then abort a process that ends as usual, after all is said
