@@ -217,6 +217,7 @@ train() {
     dry_run || mkdir -p "$RUN/flight_recorder"
     attempt "${MTPD_TOOL:-$MTPD_ROOT/tools/pretrain_mtpd.py}" "$@" --save "$CHECKPOINTS" ${load:+--load "$load"} \
         --tensorboard-dir "$RUN/tensorboard" --exit-signal-handler --exit-signal "SIG$stop_signal" \
+        --resume-from-last-good \
         --flight-recorder-dump-path "$RUN/flight_recorder"
 }
 

@@ -5,7 +5,8 @@ into `ROOT/latest_checkpointed_iteration.txt`, the tracker, which the next run r
 iteration of its own: weights without a place in a run. A save that was cut short leaves a directory that no
 tracker names: it is passed over, and `check_loadable` says so. A damaged checkpoint that the tracker does
 name stops a run before anything is read: the error says which file, and which earlier checkpoint to load
-instead. Choosing an earlier one is left to the user, because it decides how much work is lost.
+instead. `fall_back` makes that one the run's latest, for jobs that nobody watches; it is done only where it was asked
+for, because it decides how much work is lost.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ Iteration = int | str
 """A number, or `release`."""
 
 logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The checkpoint that a run would load is damaged. `good` is the newest good one before it, None if none is."""
+
+    def __init__(self, message: str, good: Iteration | None) -> None:
+        super().__init__(message)
+        self.good = good
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,8 @@ def check_loadable(root: Path, iteration: int | None = None, full: bool = True) 
     """The iteration that a run will load from `root`, once its files are known to be good; None if there is none.
 
     `iteration` is Megatron's `--ckpt-step`; without it the tracker decides. Later directories that cannot be loaded are
-    named in a warning. Raises CheckpointError with the file, what is wrong with it, and the flag that loads the newest
-    good one before it. Where torch.distributed is initialized this is collective: all ranks call it, share the reading
+    named in a warning. Raises DamagedCheckpoint with the file, what is wrong, and the flag that loads the newest good
+    one before it. Where torch.distributed is initialized this is collective: all ranks call it, share the reading
     of a `full` check, and raise or return together.
     """
     team = _Team()
@@ -136,12 +145,28 @@ def check_loadable(root: Path, iteration: int | None = None, full: bool = True) 
         while earlier and good is None:
             candidate = earlier.pop()
             good = None if team.verify(directory_of(root, candidate), full) else candidate
-        raise CheckpointError(_message(root, directory, problems, good))
+        raise DamagedCheckpoint(_message(root, directory, problems, good), good)
     if team.rank == 0 and chosen != RELEASE:
         for saved in (_look(root, later) for later in _iterations(root) if _age(later) > _age(chosen)):
             if saved.state != "complete":
                 logger.warning("Passing over %s, which is %s: %s", saved.directory, saved.state, saved.problems[0])
     return chosen
+
+
+def fall_back(root: Path, damaged: DamagedCheckpoint) -> Iteration:
+    """Make the last good checkpoint the one that `root`'s run resumes from, with a warning; returns its iteration.
+
+    The damaged one stays where it is until the run saves that iteration again. Raises `damaged` where there is no good
+    one of the same run: `release` is a beginning, not a place in it. Collective, as `check_loadable`.
+    """
+    if damaged.good is None or damaged.good == RELEASE:
+        raise damaged
+    team = _Team()
+    if team.rank == 0:
+        write_tracker(root, damaged.good)
+        logger.warning("%s Resuming from iteration %s.", str(damaged).partition(" The last good")[0], damaged.good)
+    team.agree([])  # nobody reads the tracker before it is written
+    return damaged.good
 
 
 def _message(root: Path, directory: Path, problems: list[Problem], good: Iteration | None) -> str:

@@ -10,8 +10,9 @@ it. What they add:
   written over with it.
 - `replaces_trackers`: the tracker file changes at once. Megatron empties it, then writes it: killed or out of
   space between the two, the run could not resume, from any of its checkpoints.
-- `loads_checked`: every byte is checked before anything is loaded, by all ranks together; and what Megatron cannot load
-  is refused with the way out.
+- `loads_checked`: every byte is checked before anything is loaded, by all ranks together; what Megatron cannot load
+  is refused with the way out, and where that was asked for, a run whose last checkpoint is damaged goes on from the one
+  before.
 
 What Megatron does by itself, and needs no help with: a write that fails (a full disk) raises on all ranks and
 leaves the tracker alone; data files, then `.metadata`, are on disk before `metadata.json` makes a directory a
@@ -32,7 +33,15 @@ from typing import Any
 from megatron_mtpd.checkpoint.common_state import LEGACY_FILE, read_common_state
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_mtpd.checkpoint.iterations import RELEASE, TRACKER, check_loadable, directory_of
+from megatron_mtpd.checkpoint.iterations import (
+    RELEASE,
+    TRACKER,
+    DamagedCheckpoint,
+    Iteration,
+    check_loadable,
+    directory_of,
+    fall_back,
+)
 from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError, is_optimizer, read_metadata
 
 
@@ -138,14 +147,26 @@ def loads_checked(
         if root is None or not os.path.exists(os.path.join(root, TRACKER)):
             root = getattr(args, "pretrained_checkpoint", None) or root  # as Megatron chooses
         if root is not None and "://" not in str(root) and args.ckpt_format == "torch_dist":
-            iteration = check_loadable(Path(root), getattr(args, "ckpt_step", None), full(args))
-            if iteration not in (None, RELEASE) and root == getattr(
-                args, load_arg
-            ):  # others are loaded without optimizer
+            iteration = _loadable(Path(root), args, full(args))
+            own = root == getattr(args, load_arg)
+            if own and iteration not in (None, RELEASE):  # others are loaded without optimizer
                 _check_experts(directory_of(Path(root), iteration), args)
         return original(*positional, load_arg=load_arg, **kwargs)
 
     return load_checkpoint
+
+
+def _loadable(root: Path, args: Any, full: bool) -> Iteration | None:
+    """The iteration that will be loaded. Raises CheckpointError where that cannot be."""
+    step = getattr(args, "ckpt_step", None)
+    try:
+        return check_loadable(root, step, full)
+    except DamagedCheckpoint as damaged:
+        # Only a run's own checkpoints, which it is free to write over.
+        own = args.save is not None and os.path.realpath(args.save) == os.path.realpath(root)
+        if step or not own or not getattr(args, "resume_from_last_good", False):
+            raise
+        return fall_back(root, damaged)
 
 
 def _check_experts(directory: Path, args: Any) -> None:

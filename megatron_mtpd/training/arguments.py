@@ -47,6 +47,12 @@ def add_mtpd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_false",
         help="do not compare the checksums of the checkpoint's files before it is loaded",
     )
+    group.add_argument(
+        "--resume-from-last-good",
+        action="store_true",
+        help="where the last checkpoint of --save is damaged, resume from the last good one before it, with a warning, "
+        "instead of ending with an error that names it",
+    )
     add_deepspeed_arguments(parser)
     parser.set_defaults(
         position_embedding_type="rope",  # Megatron's heads work with no other

@@ -3,6 +3,8 @@
 import argparse
 import inspect
 import json
+import logging
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -200,7 +202,8 @@ def loading(save, tmp_path):
     """Our wrapper around a load_checkpoint that says what it was called with, and the arguments that it sees."""
     for iteration in (100, 200):
         save_checkpoint(tmp_path / "run", Model(heads=1), iteration, saver=save)
-    arguments = argparse.Namespace(load=str(tmp_path / "run"), ckpt_step=None, ckpt_format="torch_dist")
+    root = str(tmp_path / "run")
+    arguments = argparse.Namespace(load=root, save=None, ckpt_step=None, ckpt_format="torch_dist")
 
     def load_checkpoint(model, load_arg="load", strict=True):
         return model, load_arg, strict
@@ -227,6 +230,33 @@ def test_a_damaged_checkpoint_is_not_loaded(loading):
         load("model")
     arguments.ckpt_step = 100
     assert load("model")[0] == "model"
+
+
+def test_a_run_goes_on_from_its_last_good_checkpoint_where_that_was_asked_for(loading, tmp_path, caplog):
+    load, arguments = loading
+    damage(arguments)
+    arguments.resume_from_last_good = True
+    for changes in ({}, {"save": str(tmp_path / "other")}, {"save": arguments.load, "ckpt_step": 200}):
+        vars(arguments).update(changes)  # another run's, or what was asked for by number
+        with pytest.raises(CheckpointError, match="--ckpt-step 100"):
+            load("model")
+    arguments.ckpt_step = None
+    assert read_tracker(Path(arguments.load)) == 200
+    with caplog.at_level(logging.WARNING):
+        assert load("model")[0] == "model"
+    assert read_tracker(Path(arguments.load)) == 100
+    assert "iter_0000200/__0_0.distcp: " in caplog.text
+    assert caplog.text.endswith(" Resuming from iteration 100.\n")
+
+
+def test_without_a_good_checkpoint_there_is_nothing_to_go_on_from(loading):
+    load, arguments = loading
+    damage(arguments)
+    shutil.rmtree(Path(arguments.load, "iter_0000100"))
+    arguments.save, arguments.resume_from_last_good = arguments.load, True
+    with pytest.raises(CheckpointError, match="There is no good checkpoint before it"):
+        load("model")
+    assert read_tracker(Path(arguments.load)) == 200
 
 
 def test_a_pretrained_checkpoint_is_checked_where_there_is_no_other(loading, tmp_path):
