@@ -341,6 +341,20 @@ _EVERYWHERE = (
         "a damaged checkpoint is named, and the last good one offered, before anything is read",
         ("ddp_model", "load_arg"),
     ),
+    Patch(
+        "megatron.training.checkpointing",
+        "_maybe_setup_gpt_to_hybrid_load",
+        lambda original: _gpt_checkpoints().pairs_heads(original),
+        "refuses to load a GPTModel checkpoint into a model with heads",
+        ("args", "ckpt_args", "model"),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.gpt_checkpoint_interop",
+        "retarget_sharded_state_dict_to_gpt_checkpoint",
+        lambda original: _gpt_checkpoints().retargets_heads(original),
+        "knows no heads",
+        ("sharded_state_dict", "layer_maps"),
+    ),
 )
 
 
@@ -505,6 +519,10 @@ def set_tensorboard_writer(writer: Any) -> None:
 
 def _checkpoint_seam() -> Any:
     return importlib.import_module("megatron_mtpd.checkpoint.seam")
+
+
+def _gpt_checkpoints() -> Any:
+    return importlib.import_module("megatron_mtpd.checkpoint.gpt")
 
 
 def _verifies(args: Any) -> bool:

@@ -177,7 +177,8 @@ def _message(root: Path, directory: Path, problems: list[Problem], good: Iterati
         remedy = f"{directory_of(root, good)} is good: to load it, write {RELEASE} into {root / TRACKER}."
     else:
         remedy = f"The last good one before it is iteration {good}: load it with --ckpt-step {good}."
-    return f"Cannot load {directory / problems[0].file}: {problems[0].what}.{more} {remedy}"
+    path = directory / problems[0].file if directory.is_dir() else directory
+    return f"Cannot load {path}: {problems[0].what}.{more} {remedy}"
 
 
 class _Team:

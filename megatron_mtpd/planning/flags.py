@@ -14,10 +14,10 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_mtpd.config import MTPDConfig
+from megatron_mtpd.layer_pattern import expand_layer_flags
 from megatron_mtpd.planning.plan import balanced_stages, with_stages
 from megatron_mtpd.planning.shape import LatentAttention, Model, Parallel, Run, Stack, Step
 from megatron_mtpd.training.arguments import add_mtpd_arguments
-from megatron_mtpd.training.layer_pattern import expand_layer_flags
 
 KNOWN = "*+-E"
 _ONE_STAGE = ("--pipeline-model-parallel-size", "1")

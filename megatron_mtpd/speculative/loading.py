@@ -28,9 +28,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.training.argument_utils import hybrid_config_from_args  # noqa: E402
 
+from megatron_mtpd.checkpoint.gpt import retarget  # noqa: E402
 from megatron_mtpd.checkpoint.iterations import Iteration, resolve  # noqa: E402
 from megatron_mtpd.checkpoint.metadata import CheckpointError, read_metadata  # noqa: E402
 from megatron_mtpd.config import MTPDConfig  # noqa: E402
+from megatron_mtpd.layer_pattern import layer_pattern  # noqa: E402
 from megatron_mtpd.model import MTPDModel, MTPDModelBuilder, MTPDModelConfig  # noqa: E402
 from megatron_mtpd.speculative.attention import cached_spec  # noqa: E402
 
@@ -108,6 +110,8 @@ def load(path: Path, ckpt_step: int | None = None, dtype: str | None = None) -> 
     args = decoding_args(state["args"], num_heads, parallel_state.get_tensor_model_parallel_world_size(), dtype)
     model = build(args)
     sharded = model.sharded_state_dict(prefix="", metadata=state.get("content_metadata"))
+    if not getattr(state["args"], "hybrid_layer_pattern", None):
+        retarget(sharded, args.hybrid_layer_pattern, Namespace(mtp_num_layers=num_heads))
     loaded = dist_checkpointing.load({"model": sharded}, str(directory), strict=StrictHandling.LOG_UNEXPECTED)
     model.load_state_dict(loaded["model"], strict=False)  # extra states of other modules are nobody's
     return Loaded(model, args, directory, iteration if iteration is not None else state.get("iteration"))
@@ -120,8 +124,9 @@ def decoding_args(saved: Namespace, num_heads: int, tensor_parallel: int, dtype:
     """
     args = copy(saved)
     pattern = getattr(args, "hybrid_layer_pattern", None)
-    if not pattern:
-        raise ValueError("The checkpoint is not of a HybridModel: it names no --hybrid-layer-pattern.")
+    if not pattern:  # of a GPTModel
+        pattern = layer_pattern(args.num_layers, num_heads, bool(args.num_experts))
+        args.hybrid_layer_pattern, args.mtp_num_layers = pattern, num_heads or None
     main, *heads = pattern.replace("|", "").split("/")
     if num_heads and heads:
         args.hybrid_layer_pattern = "/".join([main, *[heads[0]] * num_heads])

@@ -31,11 +31,11 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron_mtpd.checkpoint.metadata import CheckpointError  # noqa: E402
 from megatron_mtpd.config import MTPDConfig  # noqa: E402
 from megatron_mtpd.data.datasets import train_valid_test_datasets_provider  # noqa: E402
+from megatron_mtpd.layer_pattern import expand_layer_flags  # noqa: E402
 from megatron_mtpd.model import MTPDModelConfig  # noqa: E402
 from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_from_args  # noqa: E402
 from megatron_mtpd.training.deepspeed_config import deepspeed_config_from_args  # noqa: E402
 from megatron_mtpd.training.forward_step import forward_step  # noqa: E402
-from megatron_mtpd.training.layer_pattern import expand_layer_flags  # noqa: E402
 from megatron_mtpd.training.metrics import MetricsWriter  # noqa: E402
 from megatron_mtpd.training.trainable import freeze, settle_old_heads  # noqa: E402
 

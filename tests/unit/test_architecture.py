@@ -26,6 +26,7 @@ class May(NamedTuple):
 RULES = {
     "": May("", ""),  # megatron_mtpd/__init__.py
     "config": May("", ""),
+    "layer_pattern": May("", ""),
     "checkpoint": May("config", "torch numpy megatron.core.dist_checkpointing safetensors transformers gguf tqdm"),
     "platform": May("checkpoint", "torch megatron.core megatron.training psutil"),
     "provenance": May("", "torch"),
@@ -40,12 +41,12 @@ RULES = {
     "data.datasets": May("config platform", "torch numpy megatron.core megatron.training"),
     "data": May("config provenance", "torch numpy megatron.core.datasets sentencepiece transformers tqdm"),
     "training": May(
-        "config platform provenance losses specs model data checkpoint",
+        "config layer_pattern platform provenance losses specs model data checkpoint",
         "torch numpy megatron.core megatron.training tensorboard matplotlib tqdm deepspeed",
     ),
-    "planning": May("config losses training", "megatron.training"),
+    "planning": May("config layer_pattern losses training", "megatron.training"),
     "speculative": May(
-        "config platform provenance losses specs model data checkpoint",
+        "config layer_pattern platform provenance losses specs model data checkpoint",
         "torch numpy megatron.core megatron.training sentencepiece transformers tensorboard matplotlib tqdm",
     ),
 }

@@ -120,7 +120,7 @@ def test_a_quick_look_reads_no_data(root):
 
 
 def test_an_iteration_that_is_not_there(root):
-    with pytest.raises(CheckpointError, match=r"iter_0000250: no such directory.* --ckpt-step 200"):
+    with pytest.raises(CheckpointError, match=r"run/iter_0000250: no such directory.* --ckpt-step 200"):
         check_loadable(root, 250)
     with pytest.raises(CheckpointError, match=r"Iterations in .*: 100, 200, 300"):
         resolve(root, 250)

@@ -41,16 +41,17 @@ def gpt(heads):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 
-    from megatron_mtpd.specs import hybrid_stack_spec
+    from megatron_mtpd.specs import SDPAttention, hybrid_stack_spec
 
     cfg = config(heads)
     hybrid_stack_spec(cfg)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    mtp = get_gpt_mtp_block_spec(cfg, spec, use_transformer_engine=False)
+    spec.submodules.self_attention.submodules.core_attention = SDPAttention  # Megatron's own makes masks on a GPU
+    mtp = get_gpt_mtp_block_spec(cfg, spec, use_transformer_engine=False) if heads else None
     return GPTModel(cfg, spec, VOCABULARY, LENGTH, position_embedding_type="rope", mtp_block_spec=mtp)
 
 
-def hybrid(heads, **more):
+def hybrid(heads, tied=True, **more):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
@@ -66,7 +67,7 @@ def hybrid(heads, **more):
         vocab_size=VOCABULARY,
         seq_length=LENGTH,
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
+        share_embeddings_and_output_weights=tied,
     )
     return HybridModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 

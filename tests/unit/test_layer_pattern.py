@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mtpd.training.layer_pattern import expand_layer_flags, layer_pattern
+from megatron_mtpd.layer_pattern import expand_layer_flags, layer_pattern
 
 
 @pytest.mark.parametrize(
