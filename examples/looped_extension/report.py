@@ -50,8 +50,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     width = 6 * len(shown)
     lines = [
         "",
-        f"{'':38}{'':9}  {'decoding':30}{'CAR_k (%), decoding':^{width}}   {'CAR_k (%), on the text':^{width}}",
-        f"{'stage':38}{'main loss':>9}  {'tokens/step':>11}{'x plain':>9}{'x 1 head':>10}{heads}   {heads}",
+        f"{'':42}{'':9}  {'decoding':30}{'CAR_k (%), decoding':^{width}}   {'CAR_k (%), on the text':^{width}}",
+        f"{'stage':42}{'main loss':>9}  {'tokens/step':>11}{'x plain':>9}{'x 1 head':>10}{heads}   {heads}",
     ]
     for row in rows:
         how = "" if row["trained_steps"] else " (copies, untrained)"
@@ -64,7 +64,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for name in ("cumulative_acceptance_rate", "teacher_forced_cumulative_acceptance_rate")
         ]
         title = f"{TITLES[row['variant']]} {row['stage'].removesuffix('-extended')}{how}"
-        lines.append(f"{title:38}{row['main_loss']:9.4f}  {numbers}{'   '.join(rates)}")
+        lines.append(f"{title:42}{row['main_loss']:9.4f}  {numbers}{'   '.join(rates)}")
     lines.append(
         "\nOne seed of a toy: a demonstration, not a result. A main head that is easier to predict is accepted"
     )
@@ -86,13 +86,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
     titles = []
+    palette = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for number, row in enumerate(rows):
+        color = palette[(2 * number + number // 10) % 20]  # the strong ones first
         trained = bool(row["trained_steps"])
         titles.append(f"{TITLES[row['variant']]}, {row['stage']}")
         rates = [100 * rate for rate in row["cumulative_acceptance_rate"] if rate is not None]
         style = "-" if trained else "--"
-        curves.plot(range(1, len(rates) + 1), rates, style, marker=".", color=f"C{number}", label=titles[-1])
-        bars.barh(number, row["tokens_per_step"], color=f"C{number}", alpha=1.0 if trained else 0.5)
+        curves.plot(range(1, len(rates) + 1), rates, style, marker=".", color=color, label=titles[-1])
+        bars.barh(number, row["tokens_per_step"], color=color, alpha=1.0 if trained else 0.5)
         bars.text(
             row["tokens_per_step"], number, f" {row['tokens_per_step']:.2f} (loss {row['main_loss']:.3f})", va="center"
         )
