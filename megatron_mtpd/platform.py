@@ -378,6 +378,8 @@ def setup() -> None:
     global _done
     if _done:
         return
+    # Megatron insists on it for tensor and context parallelism on GPUs before Blackwell; CUDA reads it when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         # Compiling Megatron's elementwise functions would take the first step 24 s, and gain nothing here.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

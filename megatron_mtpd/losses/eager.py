@@ -151,6 +151,7 @@ def attach_heads_loss(main_loss: Tensor, loss_mask: Tensor, heads_loss: Tensor) 
 
     For a caller that reduces per-token losses as `c * (losses * loss_mask).sum()`, the gradients are those of
     `c * ((losses * loss_mask).sum() + heads_loss)`, whatever c is (token count, micro-batches, loss scale). Raises
-    RuntimeError in backward when the upstream gradient is not of that form. Shapes: same, same, [].
+    RuntimeError in backward when the upstream gradient is not of that form; on a GPU that is an assertion on the
+    device, which shows at the next synchronisation and without the message. Shapes: same, same, [].
     """
     return _Attach.apply(main_loss, loss_mask, heads_loss)

@@ -35,6 +35,11 @@ def run_from_flags(argv: Sequence[str], ranks: int, on_cpu: bool = False) -> Run
         if getattr(args, flag) is None:
             name = "num-layers" if flag == "hybrid_layer_pattern" else flag.replace("_", "-")
             raise ValueError(f"--{name} is not given: a plan needs it.")
+    if args.engine != "megatron":
+        raise ValueError(
+            f"--engine {args.engine}: a plan does not know what ZeRO keeps. Plan with --engine megatron and "
+            "--use-distributed-optimizer, which divides as much as ZeRO stage 1."
+        )
     parallel = _parallel(args, ranks)
     run = Run(_model(args, parallel), parallel, _step(args, parallel, on_cpu))
     return run if len(run.model.stages) > 1 or parallel.pp == 1 else with_stages(run, balanced_stages(run))
@@ -155,6 +160,7 @@ def _step(args: argparse.Namespace, parallel: Parallel, on_cpu: bool) -> Step:
         recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
         loss=args.mtpd_loss,
         passes_of_heads=2 if mtpd.heads_pass_twice else 1,
+        losses_apart=mtpd.heads_pass_twice or (mtpd.train == "all" and mtpd.ce_output_share != mtpd.kd_output_share),
         trained=args.mtpd_train,
         old_heads=args.mtpd_old_heads,
         stack=stack,

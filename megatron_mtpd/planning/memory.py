@@ -10,6 +10,7 @@ Bytes that torch has allocated. A GPU needs some GiB beyond them (`RESERVE`): co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from megatron_mtpd.losses.walk import CPU_BLOCK, CPU_CHUNK, CPU_CHUNK_LEAST, CPU_CHUNK_LOGITS, GPU_CHUNK
@@ -111,8 +112,11 @@ def loss_section(run: Run, implementation: str | None = None) -> float:
     """Bytes of output layer and losses at their worst, beyond weights and activations. Default: of the run's own."""
     model, step = run.model, run.step
     vocabulary = model.vocabulary // run.parallel.tp
-    if not model.heads:  # Megatron's own loss: logits, in fp32 for the softmax, and the gradient
-        return _rows(run) * vocabulary * (4.0 + 2 * step.bytes_weight)
+    if not model.heads:
+        # Megatron's own: logits become their softmax and its gradient in place, in fp32, beside them in the model's
+        # dtype; or, later, the gradients of logits and weight in that dtype.
+        logits, e = _rows(run) * vocabulary, step.bytes_weight
+        return max(logits * (4.0 + (e if e < 4 else 0)), (logits + vocabulary * model.hidden) * e)
     if (implementation or step.loss) == "eager":
         return _eager(run, vocabulary)
     return _fused(run, vocabulary)
@@ -132,16 +136,23 @@ def _eager(run: Run, vocabulary: int) -> float:
 def _fused(run: Run, vocabulary: int) -> float:
     model, step = run.model, run.step
     heads, on_cpu, e = 1 + model.heads, step.stack == "cpu", step.bytes_weight
-    most = min(CPU_CHUNK, max(CPU_CHUNK_LEAST, CPU_CHUNK_LOGITS // vocabulary)) if on_cpu else GPU_CHUNK
-    rows = min(max(1, most // heads), _rows(run)) * heads
+    # Logits in fp32, as on a CPU, and beside them those of the distillation, where the two gradients go apart.
+    of_logit = 4.0 * (1 + model.heads / heads) if step.losses_apart else 4.0 if on_cpu else float(e)
+    if on_cpu:
+        most = min(CPU_CHUNK, max(CPU_CHUNK_LEAST, CPU_CHUNK_LOGITS // vocabulary))
+    else:
+        most = GPU_CHUNK * 4 // (4 if step.losses_apart else e)
+    tokens = _rows(run)
+    rows = math.ceil(tokens / math.ceil(tokens / max(1, most // heads))) * heads
     table = vocabulary * model.hidden
     of_weight = 4.0 * table if step.trained == "all" else 0.0
     states = _gradients_of_hidden(run) + 2 * heads * activations.hidden_states(run)
-    if on_cpu:  # logits in fp32, temporaries of a block, in bf16 the products before they are added up
-        chunk = rows * vocabulary * 4.0 + 8.0 * min(rows * vocabulary, CPU_BLOCK)
+    chunk = rows * vocabulary * of_logit
+    if on_cpu:  # temporaries of a block, in bf16 the products before they are added up
+        chunk += 8.0 * min(rows * vocabulary, CPU_BLOCK)
         if e < 4:
             chunk += max(rows * vocabulary * e, (rows * vocabulary + table) * e if of_weight else 0)
-    else:  # the kernels turn logits into gradients where they stand, and in the dtype of the products
-        chunk = rows * vocabulary * (4.0 * (1 + model.heads / heads) if step.passes_of_heads > 1 else float(e))
+    elif step.losses_apart and e < 4:  # otherwise the kernels turn logits into gradients where and as they stand
+        chunk += rows * vocabulary * e
     delivered = table * e if of_weight and e < 4 else 0.0
     return of_weight + states + max(chunk, delivered)

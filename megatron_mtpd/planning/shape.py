@@ -111,6 +111,8 @@ class Step:
     recompute_modules: tuple[str, ...] = ()
     loss: str = "fused"
     passes_of_heads: int = 1
+    losses_apart: bool = False
+    """The fused loss holds the gradients of cross-entropy and distillation apart, because they go different ways."""
     trained: str = "all"
     old_heads: int = 0
     stack: Stack = "te"

@@ -133,6 +133,12 @@ def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
         raise ValueError(
             f"--eval-micro-batch-size {args.eval_micro_batch_size} must be --micro-batch-size {args.micro_batch_size}."
         )
+    cp, heads = args.context_parallel_size, args.mtp_num_layers
+    if cp > 1 and args.seq_length // (2 * cp) < heads:
+        raise ValueError(
+            f"--context-parallel-size {cp} cuts --seq-length {args.seq_length} into pieces of "
+            f"{args.seq_length // (2 * cp)} positions, fewer than the {heads} heads look ahead: lower it."
+        )
     if args.recompute_granularity == "full" and args.recompute_method == "block":
         raise ValueError(
             "--recompute-method block would leave the MTP heads without recomputation (megatron-core 0.19 skips them): "

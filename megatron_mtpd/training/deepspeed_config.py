@@ -32,6 +32,10 @@ _KNOWN_SECTIONS = {
 }
 """What ds_config.json may have; anything else changes what is computed in a way that nobody has tested here."""
 
+_ADAM_AS_FLAGS = {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam"}
+_ADAM_AS_ALWAYS = {"bias_correction": True, "amsgrad": False}
+"""Of optimizer.params: what has a flag or a meaning here, and what may stand there if it changes nothing."""
+
 _UNTESTED_ZERO = (
     *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
     *("zenflow", "round_robin_gradients", "elastic_checkpoint", "leaf_module"),
@@ -119,6 +123,8 @@ def _zero(config: dict[str, Any], args: Namespace) -> None:
         )
     for part in ("offload_optimizer", "offload_param"):
         offload = zero.get(part) or {}
+        if not isinstance(offload, Mapping):
+            raise ValueError(f"{part} in --deepspeed-config must be an object, and is {offload!r}.")
         if offload.get("device", "none") not in ("none", "cpu") or offload.get("ratio", 1.0) != 1.0:
             raise ValueError(
                 f"zero_optimization.{part} is {offload} in {args.deepspeed_config}: only device cpu, with ratio 1, "
@@ -137,9 +143,11 @@ def _zero(config: dict[str, Any], args: Namespace) -> None:
 
 
 def _optimizer(config: dict[str, Any], args: Namespace) -> None:
-    section = config.setdefault("optimizer", {})
     _fill(config, {"optimizer.type": "AdamW" if _decoupled(args) else "Adam", "optimizer.params": {}})
-    kind, params = section["type"], section["params"]
+    kind, params = config["optimizer"]["type"], _locate(config, "optimizer.params.lr")[0]
+    for name in params.keys() - _ADAM_AS_FLAGS:
+        if name not in _ADAM_AS_ALWAYS or params[name] != _ADAM_AS_ALWAYS[name]:
+            raise ValueError(f"optimizer.params.{name} in {args.deepspeed_config} is not supported: remove it.")
     decoupled = kind == "AdamW" or (kind == "Adam" and params.get("adam_w_mode", True))
     if kind not in ("Adam", "AdamW") or decoupled != _decoupled(args):
         raise ValueError(
@@ -190,7 +198,9 @@ def _fill(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
 def _locate(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     *path, name = key.split(".")
     for part in path:
-        config = config.setdefault(part, {})
+        if config.get(part) is None:  # also null
+            config[part] = {}
+        config = config[part]
         if not isinstance(config, dict):
             raise ValueError(f"{part} in --deepspeed-config must be an object, and is {config!r}.")
     return config, name
@@ -206,7 +216,8 @@ def _refuse_sections(config: Mapping[str, Any]) -> None:
             )
         if key not in _KNOWN_SECTIONS and not off:
             raise ValueError(f"{key} in --deepspeed-config is not supported with --engine deepspeed: remove it.")
-    if unknown := set(config.get("bf16") or {}) - {"enabled"}:
+    bf16 = config.get("bf16") or {}
+    if unknown := set(bf16 if isinstance(bf16, Mapping) else ()) - {"enabled"}:
         raise ValueError(f"bf16.{min(unknown)} in --deepspeed-config is not supported: remove it.")
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from megatron.core.optimizer import _get_param_groups
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
@@ -37,6 +38,20 @@ class DeepSpeedModelConfig(MTPDModelConfig):
 
     builder: ClassVar[str] = "megatron_mtpd.training.deepspeed_engine.DeepSpeedModelBuilder"
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+def checked(config: dict[str, Any]) -> dict[str, Any]:
+    """`config`, whose zero_optimization DeepSpeed itself accepts. Raises ValueError with key and value if not."""
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValueError as error:  # pydantic's, which knows more than it says
+        wrong = error.errors()[0]  # type: ignore[attr-defined]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise ValueError(
+            f"zero_optimization.{key} in --deepspeed-config, {wrong['input']!r}, is not accepted by DeepSpeed: "
+            f"{wrong['msg']}."
+        ) from error
+    return config
 
 
 class DeepSpeedModelBuilder(MTPDModelBuilder):

@@ -67,10 +67,10 @@ def model_config_from_args(args: Namespace) -> MTPDModelConfig:
 def _deepspeed_model_config(args: Namespace, mtpd: MTPDConfig) -> MTPDModelConfig:
     deepspeed = deepspeed_config_from_args(args, mtpd)
     platform.prepare_deepspeed()
-    from megatron_mtpd.training.deepspeed_engine import DeepSpeedModelConfig  # an extra
+    from megatron_mtpd.training.deepspeed_engine import DeepSpeedModelConfig, checked  # an extra
 
     model_config = hybrid_config_from_args(args, model_config_cls=DeepSpeedModelConfig)
-    model_config.deepspeed = deepspeed
+    model_config.deepspeed = checked(deepspeed)
     args.use_distributed_optimizer = True  # what ZeRO is; checkpoints have that layout
     return model_config
 

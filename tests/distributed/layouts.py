@@ -40,7 +40,7 @@ from megatron_mtpd.data.datasets import get_batch  # noqa: E402
 from megatron_mtpd.training.forward_step import forward_step  # noqa: E402
 from megatron_mtpd.training.trainable import freeze  # noqa: E402
 from tests.distributed import gloo  # noqa: E402
-from tests.distributed.toy import HEADS, SAMPLES, SEQUENCE, Layout, Toy, initial_weight, model_config, samples  # noqa: E402
+from tests.distributed.toy import HEADS, SAMPLES, Layout, Toy, initial_weight, model_config, samples  # noqa: E402
 
 LEARNING_RATE = 1.0
 ADAM_EPS = 1.0  # as large as the gradients: Adam's own would turn the sign of a rounding error into a whole step
@@ -199,8 +199,8 @@ def _set_globals(layout: Layout, toy: Toy) -> None:
         reset_attention_mask=toy.documents,
         context_parallel_size=layout.cp,
         micro_batch_size=toy.micro_batch_size,
-        seq_length=SEQUENCE,
-        mtp_num_layers=HEADS,
+        seq_length=toy.sequence,
+        mtp_num_layers=toy.heads or HEADS,
         pipeline_model_parallel_size=len(layout.stages),
         check_for_nan_in_loss_and_grad=False,
         curr_iteration=0,
@@ -245,7 +245,7 @@ def _forward_backward(model: list, layout: Layout, toy: Toy) -> dict[str, Tensor
         data_iterator=iter([{key: torch.stack([s[key] for s in part]) for key in part[0]} for part in mine]),
         model=model,
         num_microbatches=len(mine),
-        seq_length=SEQUENCE,
+        seq_length=toy.sequence,
         micro_batch_size=size,
         forward_only=False,
     )

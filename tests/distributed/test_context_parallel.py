@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from megatron_mtpd.config import LossImplementation, MTPDConfig
 from megatron_mtpd.losses.halo import Halo
+from tests.distributed import training
 from tests.distributed.gloo import run
 from tests.distributed.layouts import train
 from tests.distributed.test_equivalence import UNEQUAL_SHARES, alone, check, with_loss
 from tests.distributed.toy import Layout, Toy
+from tests.distributed.training import SAVED, second_half
 
 pytestmark = pytest.mark.distributed
 
@@ -52,6 +54,27 @@ def test_two_ranks(toy, loss):
 def test_layouts(layout, loss):
     toy = replace(TOYS["plain"], optimizer_steps=1)
     check(train(layout, with_loss(toy, loss)), alone(toy))
+
+
+@pytest.mark.parametrize("loss", get_args(LossImplementation))
+@pytest.mark.parametrize(
+    "layout", [Layout(cp=4), Layout(cp=2, tp=2, sequence_parallel=True)], ids=["cp4", "cp2-tp2-sp"]
+)
+def test_four_heads_and_documents(layout, loss):
+    """Pieces of 8 positions, and of 4 with four ranks: the last head then sees nothing but what others sent."""
+    toy = Toy(heads=4, sequence=32, documents=True, masked=True, per_token=True)
+    check(train(layout, with_loss(toy, loss)), alone(toy))
+
+
+def test_a_run_goes_on_without(tmp_path):
+    """From the checkpoint of a run on two ranks of context parallelism, one rank trains what the two would have."""
+    untied = "--untie-embeddings-and-output-weights"
+    halves = training.run(tmp_path, 2, untied, "--context-parallel-size", "2", "--save", str(tmp_path / "checkpoints"))
+    resumed = training.run(tmp_path, 1, untied, "--load", str(tmp_path / "checkpoints"), "--ckpt-step", str(SAVED))
+    expected = second_half(halves)
+    assert resumed.keys() == expected.keys()
+    for iteration, metrics in expected.items():  # fp32, the same sums in another order
+        assert resumed[iteration] == pytest.approx(metrics, rel=1e-5, abs=1e-5), iteration
 
 
 def pieces_with_halo(whole: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,8 @@
 Every run is a call of the training command in forked gloo ranks; what is compared are its metrics of every iteration.
 """
 
-import atexit
 import json
+import runpy
 import sys
 import tempfile
 from functools import cache
@@ -12,69 +12,45 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_mtpd import platform
 from megatron_mtpd.checkpoint.extend import extend
+from megatron_mtpd.checkpoint.inspection import describe
+from megatron_mtpd.checkpoint.iterations import resolve
 from megatron_mtpd.checkpoint.looping import make_plan
-from megatron_mtpd.checkpoint.metadata import CheckpointError
-from megatron_mtpd.training import pretrain
-from tests.distributed import gloo
+from megatron_mtpd.checkpoint.metadata import CheckpointError, head_of, is_optimizer, read_metadata
+from tests.distributed import gloo, training
+from tests.distributed.training import SAVED, Metrics, second_half
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra megatron-mtpd[deepspeed]"),
 ]
 
-ITERATIONS, SAVED = 4, 2
-TOY = [
-    *("--num-layers", "2", "--mtp-num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"),
-    *("--group-query-attention", "--num-query-groups", "2", "--swiglu", "--normalization", "RMSNorm"),
-    *("--disable-bias-linear", "--attention-dropout", "0"),
-    *("--hidden-dropout", "0", "--seq-length", "16", "--max-position-embeddings", "16", "--mtpd-top-n", "20"),
-    # 255 and the end of documents: padded to 256 whether one or two ranks share it
-    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255", "--num-workers", "0"),
-    *("--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "3e-3", "--min-lr", "1e-4"),
-    *("--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--clip-grad", "0.5", "--train-iters", str(ITERATIONS)),
-    *("--eval-iters", "1", "--eval-interval", "2", "--log-interval", "1", "--no-mtpd-clip-apart"),
-    *("--mtpd-distill-start", "0", "--mtpd-ce-output-share", "1", "--mtpd-kd-output-share", "1"),
-    *("--save-interval", str(SAVED), "--use-cpu-initialization"),
-]
+TOOLS = Path(__file__).parents[2] / "tools"
 CPU = {"device": "cpu"}
-TIMINGS = ("time", "throughput")
 
 
-def loop(flags: list[str], jsonl: str) -> None:
-    """On a rank: the training command."""
-    sys.argv[:] = ["pretrain_mtpd.py"]
-    pretrain.main([*TOY, *flags, "--metrics-jsonl", jsonl])
-    atexit._run_exitfuncs()  # writes the last record: the rank will be killed
-
-
-def run(folder: Path, ranks: int, *flags: str, zero: dict | None = None, tied=False) -> dict[int, dict[str, float]]:
+def run(folder: Path, ranks: int, *flags: str, zero: dict | None = None, tied=False) -> Metrics:
     """Train, by DeepSpeed with that `zero_optimization`, or without one by Megatron: the metrics of each iteration."""
     engine = [] if tied else ["--untie-embeddings-and-output-weights"]
     if zero is not None:
         config = folder / "ds_config.json"
         config.write_text(json.dumps({"zero_optimization": zero}))
         engine += ["--engine", "deepspeed", "--deepspeed-config", str(config)]
-    with tempfile.NamedTemporaryFile("r", dir=folder, suffix=".jsonl") as jsonl:
-        gloo.run(loop, ranks, [*flags, *engine], jsonl.name)
-        records = [json.loads(line) for line in jsonl]
-    return {record["iteration"]: {k: v for k, v in record.items() if _is_compared(k, v)} for record in records}
-
-
-def _is_compared(name: str, value: float | None) -> bool:
-    return value is not None and not any(word in name for word in TIMINGS)
+    return training.run(folder, ranks, *flags, *engine)
 
 
 @cache
-def megatron(*flags: str) -> dict[int, dict[str, float]]:
+def megatron(*flags: str) -> Metrics:
     """What two data-parallel ranks of Megatron's compute; tensor parallelism changes the order of sums alone."""
     with tempfile.TemporaryDirectory() as folder:
         return run(Path(folder), 2, *flags)
 
 
-def check(found: dict, expected: dict, tolerance: float) -> None:
+def check(found: Metrics, expected: Metrics, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for iteration, metrics in expected.items():
         assert found[iteration] == pytest.approx(metrics, rel=tolerance, abs=tolerance), iteration
@@ -111,11 +87,7 @@ def trained(tmp_path_factory):
     return checkpoints, metrics
 
 
-def second_half(metrics: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    return {iteration: metrics[iteration] for iteration in range(SAVED + 1, ITERATIONS + 1)}
-
-
-def resume(folder: Path, checkpoints: Path, *flags: str, zero: dict | None = None) -> dict[int, dict[str, float]]:
+def resume(folder: Path, checkpoints: Path, *flags: str, zero: dict | None = None) -> Metrics:
     return run(folder, 2, "--bf16", "--load", str(checkpoints), "--ckpt-step", str(SAVED), *flags, zero=zero)
 
 
@@ -148,6 +120,46 @@ def test_new_heads_on_a_frozen_trunk_with_offload(tmp_path, trained):
     check(found, expected, 1e-3)
     assert resume(tmp_path, ours, *new_heads, zero=zero) == second_half(found)
     check(resume(tmp_path, megatrons, *new_heads, zero=zero), second_half(expected), 1e-3)
+
+
+def command(tool: str, *arguments: object) -> None:
+    """On a rank: one of the commands in tools."""
+    sys.argv[:] = [f"{tool}.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{tool} ended with {end.code}") from end
+
+
+def test_its_checkpoints_serve_every_command(tmp_path, trained):
+    """Inspected, extended and trained on by DeepSpeed, benchmarked both ways, exported: all heads, the trunk as it
+    was."""
+    extended, grown, served = (tmp_path / name for name in ("extended", "grown", "served"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "1 2 3"}) + "\n")
+    gloo.run(command, 1, "inspect_checkpoint", "--load", trained[0], "--verify")
+    gloo.run(command, 1, "loop_extend", "--load", trained[0], "--save", extended, "--num-heads", 4, "--verify")
+    heads = ["--mtp-num-layers", "4", "--mtpd-train", "new-heads"]  # how many are old is in the checkpoint
+    run(tmp_path, 2, "--bf16", "--load", str(extended), "--save", str(grown), *heads, zero={"stage": 3})
+    found = describe(grown)
+    assert (found["heads"], found["aliases"], found["arguments"]["mtpd_old_heads"]) == (4, {}, 2)
+    keys = read_metadata(resolve(grown)[1]).tensors
+    assert {head_of(key) for key in keys if is_optimizer(key)} == {2, 3}, "nothing else is trained"
+
+    benchmark = ("benchmark_acceptance", "--load", grown, "--prompts", prompts, "--max-new-tokens", 4, "--output")
+    gloo.run(command, 1, *benchmark, tmp_path / "drafts")
+    gloo.run(command, 1, *benchmark, tmp_path / "forced", "--teacher-forced")
+    drafts, forced = (json.loads((tmp_path / name / "acceptance.json").read_text()) for name in ("drafts", "forced"))
+    assert drafts["complete"] and drafts["runs"][-1]["num_heads"] == 4
+    assert drafts["runs"][-1]["outputs_equal_to_plain"] == "1 of 1"
+    assert forced["teacher_forced"] == drafts["teacher_forced"]
+
+    for name, source in (("before", trained[0]), ("after", grown)):
+        gloo.run(command, 1, "convert_hf", "export", "--load", source, "--save", served / name, "--vocab-size", 256)
+    before, after = (load_file(served / name / "model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "trunk and old heads are frozen"
+    assert len(after) > len(before), "new heads"
 
 
 def test_optimizer_state_in_another_layout_is_refused():

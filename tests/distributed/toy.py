@@ -63,6 +63,8 @@ class Toy:
     clip: float = 0.0
     megatron: bool = False  # Megatron's own model and MTP loss, forward step of its own
     options: dict[str, Any] = field(default_factory=dict)  # other fields of TransformerConfig
+    heads: int | None = None  # None: HEADS
+    sequence: int = SEQUENCE
     nudge: float = 0.0  # move the heads' weights so far along a fixed direction
 
 
@@ -83,11 +85,12 @@ _EXPERTS = {
 def model_config(layout: Layout, toy: Toy) -> HybridModelConfig:
     """The configuration of the toy in the layout."""
     block = "*E" if toy.experts else "*-"
-    pattern = "|".join(block * n for n in layout.stages) + ("/" + block) * HEADS
+    heads = toy.heads or HEADS
+    pattern = "|".join(block * n for n in layout.stages) + ("/" + block) * heads
     dtype = torch.bfloat16 if toy.bf16 else torch.float32
     options: dict[str, Any] = {
         "num_layers": len(block) * sum(layout.stages),
-        "mtp_num_layers": HEADS,
+        "mtp_num_layers": heads,
         "mtp_loss_scaling_factor": 0.3,
         "hidden_size": 32,
         "ffn_hidden_size": 48,
@@ -121,7 +124,7 @@ def model_config(layout: Layout, toy: Toy) -> HybridModelConfig:
         "transformer": transformer,
         "hybrid_layer_pattern": pattern,
         "vocab_size": VOCABULARY,
-        "seq_length": SEQUENCE,
+        "seq_length": toy.sequence,
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": toy.tied,
     }
@@ -152,7 +155,7 @@ def samples(toy: Toy) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     result = []
     for index in range(SAMPLES):
-        text = torch.randint(EOD + 1, VOCABULARY, (SEQUENCE + 1,), generator=generator)
+        text = torch.randint(EOD + 1, VOCABULARY, (toy.sequence + 1,), generator=generator)
         if toy.documents:
             # two documents next to each other, one of a single token, one that ends with the sequence
             text[[3 + index, 4 + index, 9 + index % 3]] = EOD
@@ -161,7 +164,7 @@ def samples(toy: Toy) -> list[dict[str, Tensor]]:
         flag = toy.documents
         mask, loss_mask, position_ids = _get_ltor_masks_and_position_ids(text[:-1], EOD, flag, flag, flag, flag)
         if toy.masked:
-            loss_mask *= (torch.rand(SEQUENCE, generator=generator) >= [0.0, 0.2, 1.0, 0.4][index]).float()
+            loss_mask *= (torch.rand(toy.sequence, generator=generator) >= [0.0, 0.2, 1.0, 0.4][index]).float()
         if toy.first_document:
             loss_mask[: 4 + index] = 0.0
         sample = {"tokens": text[:-1], "labels": text[1:], "loss_mask": loss_mask, "position_ids": position_ids}

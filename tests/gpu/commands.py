@@ -25,6 +25,8 @@ SHORT_2B = (
     "--num-layers 8 --mtp-num-layers 4 --hidden-size 2048 --ffn-hidden-size 6144 --num-attention-heads 16 "
     "--num-query-groups 8 --seq-length 4096 --max-position-embeddings 4096 --vocab-size 122879 --micro-batch-size 2"
 )
+# The same with 1,024 tokens, so that the eager loss fits beside everything else.
+SHORT_2B_1024 = SHORT_2B.replace("4096", "1024").replace("--micro-batch-size 2", "--micro-batch-size 1")
 SMALL = (
     "--num-layers 4 --mtp-num-layers 2 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 "
     "--num-query-groups 4 --seq-length 256 --max-position-embeddings 256 --vocab-size 4095 --micro-batch-size 8"

@@ -5,7 +5,10 @@ A dry run skips them: the interpreter runs the same cases in `tests/unit/losses/
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +19,7 @@ from megatron_mtpd.losses.alignment import head_masks
 from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss
 from megatron_mtpd.losses.fused import fused_mtpd_loss
 from megatron_mtpd.losses.kernels import choose
+from tests.gpu.commands import ROOT
 from tests.unit.losses.triton_cases import *  # noqa: F403  # the tests
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -69,6 +73,23 @@ def test_a_gpu_gets_triton_unless_another_is_named(monkeypatch):
     assert choose(torch.device("cuda")).name == "torch"
 
 
+def test_a_wrong_reduction_of_the_losses_ends_the_step():
+    """On a GPU the check is a device assertion, which ends the process that makes it: here one of its own."""
+    code = """
+import torch
+from megatron_mtpd.losses.eager import attach_heads_loss
+losses, mask = torch.ones(4, 1, device="cuda", requires_grad=True), torch.ones(4, 1, device="cuda")
+attached = attach_heads_loss(losses, mask, torch.ones((), device="cuda", requires_grad=True))
+(attached * REDUCTION).sum().backward()
+torch.cuda.synchronize()
+"""
+    for reduction, is_fine in (("mask / 4", True), ("torch.arange(4., device='cuda').view(4, 1)", False)):
+        script = code.replace("REDUCTION", reduction)
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert (done.returncode == 0) is is_fine, done.stderr[-2000:]
+        assert is_fine or "assert" in done.stderr.lower()
+
+
 def seconds(function: Callable, repeats: int = 7) -> float:
     function()
     times = []
@@ -98,6 +119,28 @@ def test_faster_than_torch_kernels_and_smaller(report):
         torch.cuda.empty_cache()
     assert measured["triton"][0] < measured["torch"][0]
     assert measured["triton"][1] < measured["torch"][1]
+
+
+def test_beside_megatrons_plain_loss(tmp_path, report):
+    """The loss section with distillation takes no more time than Megatron's cross-entropy alone, and at most 0.15 of
+    its memory: the same sizes, by the command that users measure with."""
+    file = tmp_path / "rows.json"
+    sizes = f"--heads {HEADS} --vocab {VOCAB} --topn {TOP_N} --tokens {TOKENS} --hidden {HIDDEN} --dtype bf16"
+    command = [sys.executable, str(ROOT / "tools" / "benchmark_loss.py"), *sizes.split(), "--json", str(file)]
+    command += ["--repeats", "7", "--variants", "megatron_mtp", "mtpd_fused"]  # eager does not fit beside them
+    torch.cuda.empty_cache()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    for variant, row in rows.items():
+        report(
+            f"loss section, {variant}",
+            f"{1e3 * row['seconds_median']:.1f} ms, {row['peak_extra_bytes'] / 2**30:.2f} GiB",
+        )
+    time, memory = (rows["mtpd_fused"][f"ratio_{what}_vs_megatron"] for what in ("time", "memory"))
+    report("loss section, MTP-D / plain MTP", f"time {time:.3f} (bar 1.00), memory {memory:.3f} (bar 0.15)")
+    assert time <= 1.0
+    assert memory <= 0.15
 
 
 def test_the_cut_is_found_faster_than_by_torch(report):

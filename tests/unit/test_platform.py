@@ -148,11 +148,13 @@ def owners() -> set[str]:
 def test_full_gpu_install_keeps_torch_and_adam(monkeypatch):
     machine(monkeypatch, cuda=True, packages=("transformer_engine",))
     assert {patch.attribute for patch in platform.patches()} == {
+        "_maybe_setup_gpt_to_hybrid_load",
         "compile_helpers",
         "get_megatron_optimizer",
         "load_checkpoint",
         "load_parameter_state_from_dp_reshardable",
         "maybe_msc",
+        "retarget_sharded_state_dict_to_gpt_checkpoint",
         "save",
     }
 

@@ -6,6 +6,11 @@ large blocks back at once, as a GPU's allocator reuses them; what it keeps other
 
 from __future__ import annotations
 
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
+
 import pytest
 
 from megatron_mtpd import platform
@@ -14,7 +19,7 @@ platform.setup()
 
 from megatron_mtpd.planning import memory  # noqa: E402
 from megatron_mtpd.planning.flags import run_from_flags  # noqa: E402
-from megatron_mtpd.training.benchmark_step import benchmark  # noqa: E402
+from megatron_mtpd.training.benchmark_step import _without_heads, _Worker  # noqa: E402
 
 FLAGS = (
     "--mock-data --tokenizer-type NullTokenizer --num-workers 0 --lr 1e-4 --no-create-attention-mask-in-dataloader "
@@ -25,16 +30,42 @@ FLAGS = (
 )
 
 
+def peaks(variant: str, flags: list[str], ranks: int) -> list[int]:
+    """Peak bytes of each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    workers = []
+    try:
+        for rank in range(ranks):
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+            with patch.dict(os.environ, where | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}"}):
+                workers.append(_Worker(variant, flags, threads=1))
+        with ThreadPoolExecutor(ranks) as pool:
+            list(pool.map(lambda worker: worker.steps(2), workers))
+    finally:
+        for worker in workers:
+            worker.stop()
+    return [worker.peak_bytes for worker in workers]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "flags"),
-    [("mtpd_fused", "--bf16 --use-distributed-optimizer"), ("mtpd_eager", "")],
-    ids=["fused-bf16-sharded", "eager-fp32"],
+    ("variant", "flags", "tp", "pp"),
+    [
+        ("mtpd_fused", "--bf16 --use-distributed-optimizer", 1, 1),
+        ("mtpd_eager", "", 1, 1),
+        ("no_mtp", "", 1, 1),
+        ("mtpd_fused", "--bf16", 2, 2),
+    ],
+    ids=["fused-bf16-sharded", "eager-fp32", "no-heads-fp32", "fused-bf16-tp2-pp2"],
 )
-def test_peak_of_real_steps(monkeypatch, variant, flags):
+def test_peak_of_real_steps(monkeypatch, variant, flags, tp, pp):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "262144")
-    every = [*FLAGS.split(), *flags.split()]
-    measured = benchmark(every, [variant], rounds=1, steps=1, threads=1, on_round=lambda turn: None)[0]["peak_bytes"]
-    run = run_from_flags([*every, "--mtpd-loss", variant.removeprefix("mtpd_")], 1, on_cpu=True)
-    assert memory.of_rank(run, 0).peak == pytest.approx(measured, rel=0.1)
+    every = [*FLAGS.split(), *flags.split(), "--tensor-model-parallel-size", str(tp)]
+    every += ["--pipeline-model-parallel-size", str(pp)]
+    planned = _without_heads(every) if variant == "no_mtp" else [*every, "--mtpd-loss", variant.removeprefix("mtpd_")]
+    run = run_from_flags(planned, tp * pp, on_cpu=True)
+    for rank, measured in enumerate(peaks(variant, every, tp * pp)):
+        assert memory.of_rank(run, rank // tp).peak == pytest.approx(measured, rel=0.1), f"rank {rank}"

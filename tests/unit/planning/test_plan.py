@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
+import shlex
 import subprocess
 import sys
 from itertools import combinations, pairwise
@@ -23,6 +26,7 @@ from megatron_mtpd.planning.plan import balanced_stages, plan, table, with_stage
 from megatron_mtpd.planning.shape import Model, Parallel, Run, Step  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
+PLANNING = ROOT / "docs" / "planning.md"
 DEEPSEEK = ROOT / "examples" / "gpu" / "deepseek-v3-671b.args"
 SMALL = (
     "--num-layers 8 --mtp-num-layers 2 --hidden-size 256 --num-attention-heads 8 --seq-length 128 --micro-batch-size 2 "
@@ -159,6 +163,7 @@ def test_frozen_parts_cost_weights_alone():
         ("--tensor-model-parallel-size 8 --group-query-attention --num-query-groups 4", "query groups, 4"),
         ("--hybrid-layer-pattern M*-/*-", "--hybrid-layer-pattern holds M"),
         ("--global-batch-size 12", "--global-batch-size 12"),
+        ("--engine deepspeed --deepspeed-config ds.json", "--engine deepspeed: a plan does not know what ZeRO keeps"),
         ("--padded-vocab-size 1024 --seq-length 64 --hybrid-layer-pattern *-/*-/*E --num-experts 2", "must be alike"),
     ],
 )
@@ -188,6 +193,23 @@ def test_command():
     result = json.loads(done.stdout)
     assert result["tokens_step"] == 1024 * 4096 and result["fits"] is True
     assert 1.9e9 < result["parameters"] - result["parameters_of_heads"] < 2.0e9
+
+
+EXAMPLES = re.findall(
+    r"```sh\n\.venv/bin/python (tools/plan_run\.py .+?)```.+?```\n(.+?)```", PLANNING.read_text(), re.S
+)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["dense-2b", "moe-10b-a1b", "deepseek-v3-671b"])
+def test_worked_examples_are_what_the_command_prints(monkeypatch, capsys, example):
+    """docs/planning.md, word for word; `...` there stands for what it leaves out."""
+    command, expected = example
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", shlex.split(command.replace("\\\n", " ")))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    printed = capsys.readouterr().out
+    words = [re.escape(part) for part in re.split(r" *\.\.\. ?", expected)]
+    assert re.fullmatch(".+".join(words), printed, re.S), printed
 
 
 def test_step_is_the_whole_batch():

@@ -40,6 +40,8 @@ def parse(parser, *argv, **megatron):
         "eval_micro_batch_size": None,
         "recompute_granularity": None,
         "recompute_method": None,
+        "context_parallel_size": 1,
+        "seq_length": 16,
     }
     vars(args).update({**defaults, **megatron})
     return args
@@ -133,6 +135,7 @@ def test_detach_heads_cuts_every_share(parser):
         (["--mtpd-kd-trunk-share", "0"], {}, "--hidden-dropout 0.1"),
         ([], {"eval_micro_batch_size": 4}, "--eval-micro-batch-size 4"),
         ([], {"recompute_granularity": "full", "recompute_method": "block"}, "--recompute-method uniform"),
+        ([], {"context_parallel_size": 8}, "--context-parallel-size 8 cuts --seq-length 16 into pieces of 1 positions"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(parser, argv, megatron, message):

@@ -3,6 +3,7 @@
 import copy
 import json
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,12 @@ def test_the_users_own_values_are_kept(tmp_path):
         (zero(3, zero_quantized_weights=True), "zero_quantized_weights"),
         (zero(3, zero_hpz_partition_size=8), "zero_hpz_partition_size"),
         ([], "must hold a JSON object"),
+        ({**zero(), "bf16": True}, "bf16 in --deepspeed-config must be an object, and is True"),
+        ({"zero_optimization": True}, "zero_optimization in --deepspeed-config must be an object"),
+        (zero(3, offload_optimizer="cpu"), "offload_optimizer in --deepspeed-config must be an object"),
+        ({**zero(), "optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad"),
+        ({**zero(), "optimizer": {"params": {"momentum": 0.9}}}, "optimizer.params.momentum"),
+        ({**zero(), "train_batchsize": 48}, "train_batchsize in --deepspeed-config is not supported"),
     ],
 )
 def test_contradictions_and_what_is_untested_are_refused(tmp_path, given, named):
@@ -161,6 +168,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for name, named in ((None, "--deepspeed-config FILE"), (str(path), "broken.json"), ("/nowhere.json", "/nowhere")):
         with pytest.raises(ValueError, match=named):
             deepspeed_config_from_args(Namespace(deepspeed_config=name, **FLAGS), HEADS)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra megatron-mtpd[deepspeed]")
+@pytest.mark.parametrize("given", [{"stage": 3, "overlap_com": True}, {"stage": 3, "sub_group_size": "big"}])
+def test_what_deepspeed_does_not_know_is_refused_before_anything_is_built(tmp_path, given):
+    platform.setup()
+    platform.prepare_deepspeed()
+    from megatron_mtpd.training.deepspeed_engine import checked
+
+    assert checked(complete(tmp_path, zero(3, offload_param={"device": "cpu"})))
+    with pytest.raises(ValueError, match=f"zero_optimization.{list(given)[-1]} in --deepspeed-config"):
+        checked(complete(tmp_path, {"zero_optimization": given}))
 
 
 def test_the_error_without_deepspeed_names_the_extra(monkeypatch):
