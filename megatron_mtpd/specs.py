@@ -2,7 +2,7 @@
 
 Contract: `hybrid_stack_spec(config)` gives the `ModuleSpec` that `HybridModel` is built from. Both specs write the
 same checkpoint keys, so that what was trained with one loads with the other. The local spec has attention (`*`),
-dense MLP (`-`), mixture of experts (`E`) and multi-token prediction.
+multi-latent attention (`+`), dense MLP (`-`), mixture of experts (`E`) and multi-token prediction.
 
 Deliberately absent from the local spec: the other layer types, packed sequences, sliding windows and learned softmax
 offsets. Each is refused by name, with Transformer Engine as the remedy. Context parallelism is exact and not fast:
@@ -26,8 +26,10 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -157,6 +159,24 @@ class SDPAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
+class LatentAttention(SDPAttention):
+    """Core attention of multi-latent attention, whose values are of another width than its queries and keys.
+
+    The widths that Megatron passes are those of the tensors, which show them. Raises ValueError under context
+    parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any
+    ) -> None:
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {config.context_parallel_size} with --multi-latent-attention needs "
+                f"Transformer Engine's attention: {REMEDY}, or leave it out."
+            )
+        super().__init__(config, *args, **kwargs)
+
+
 def _positions(length: int, cp_group: Any) -> Tensor:
     """Places in the sequence of this rank's two pieces, of 2 C, which Megatron deals as r and 2C - 1 - r. [length]."""
     ranks, rank, piece = cp_group.size(), cp_group.rank(), length // 2
@@ -192,7 +212,7 @@ class _Refused:
     def __init__(self, *args: Any, layer: str, **kwargs: Any) -> None:
         raise ValueError(
             f"--hybrid-layer-pattern holds {layer}, which needs Transformer Engine: {REMEDY}, or use '*' (attention), "
-            "'-' (MLP) and 'E' (mixture of experts) alone."
+            "'+' (multi-latent attention), '-' (MLP) and 'E' (mixture of experts) alone."
         )
 
 
@@ -231,6 +251,25 @@ def local_spec(config: TransformerConfig) -> ModuleSpec:
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     )
+    inner = ("q", "q_down", "q_up", "kv_down", "kv_up")
+    latent = TransformerLayerSubmodules(
+        input_layernorm=local_norm,
+        self_attention=ModuleSpec(
+            module=MLASelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=MLASelfAttentionSubmodules(
+                **dict.fromkeys((f"linear_{name}_proj" for name in inner), ColumnParallelLinear),
+                core_attention=LatentAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=qk_norm or IdentityOp,
+                kv_layernorm=qk_norm or IdentityOp,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={
+            f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")
+        },
+    )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = TransformerLayerSubmodules(
         pre_mlp_layernorm=local_norm,
@@ -262,6 +301,6 @@ def local_spec(config: TransformerConfig) -> ModuleSpec:
             mamba_layer=refused("'M' (Mamba)"),
             gdn_layer=refused("'G' (gated delta net)"),
             dsa_layer=refused("'D' (sparse attention)"),
-            mla_layer=refused("'+' (multi-latent attention)"),
+            mla_layer=ModuleSpec(module=TransformerLayer, submodules=latent),
         ),
     )

@@ -1,6 +1,6 @@
 """Convert between Hugging Face folders and checkpoints: import a model to give it heads, export one to serve it.
 
-Works on files alone, without a GPU, with a few tensors in memory at a time.
+Works on files alone, without a GPU, with a block of a tensor in memory, however large model and tensors are.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="Llama, SmolLM2, Qwen2, Qwen3, Mistral to a checkpoint").add_argument
+    add = commands.add_parser("import", help="Llama-like models and DeepSeek-V3 to a checkpoint").add_argument
     add("--hf", dest="source", type=Path, required=True, metavar="PATH", help="a folder with safetensors, or a .gguf")
     add("--save", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     add("--num-heads", type=int, metavar="K", help="heads it has [those of the folder]")

@@ -13,11 +13,11 @@ from megatron.core.models.hybrid import hybrid_block, hybrid_layer_specs  # noqa
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
-from megatron_mtpd.specs import SDPAttention, hybrid_stack_spec, local_norm  # noqa: E402
+from megatron_mtpd.specs import LatentAttention, SDPAttention, hybrid_stack_spec, local_norm  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the local modules are tested on the CPU")
 
@@ -197,6 +197,65 @@ def test_model_learns_with_heads(experts):
     assert all(".experts." in name for name in without), without  # an expert that no token chose
 
 
+def latent(**options) -> HybridModel:
+    """DeepSeek-V3 in small: multi-latent attention, a dense block before the experts, two heads with experts."""
+    defaults = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 48,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 8,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+        "qk_layernorm": True,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "transformer_impl": "local",
+        "mtp_num_layers": 2,
+    }
+    transformer = MLATransformerConfig(**defaults | options)
+    spec = hybrid_stack_spec(transformer)
+    return HybridModel(transformer, spec, VOCABULARY, SEQUENCE, "+-+E/+E/+E", position_embedding_type="rope")
+
+
+def test_latent_attention_learns_with_heads():
+    hybrid = latent()
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    hybrid(tokens, positions, None, labels=tokens, loss_mask=torch.ones(BATCH, SEQUENCE)).mean().backward()
+    without = [name for name, parameter in hybrid.named_parameters() if parameter.grad is None]
+    assert all(".experts." in name for name in without), without  # an expert that no token chose
+
+
+def test_latent_attention_has_the_checkpoint_keys_of_transformer_engine():
+    """It fuses the norms of the bottlenecks with the projections behind them, and leaves the block's own apart."""
+    made = keys(latent())
+    for prefix in ("decoder.layers.2.", "mtp.layers.1.mtp_model_layer.layers.0."):
+        found = {key.removeprefix(prefix) for key in made if key.startswith(prefix)}
+        linear = "self_attention.linear_"
+        assert found == {
+            "input_layernorm.weight",
+            *(f"{linear}{name}.weight" for name in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "proj")),
+            *(f"{linear}{name}_up_proj.layer_norm_weight" for name in ("q", "kv")),
+        }
+
+
+def test_latent_attention_is_refused_under_context_parallelism():
+    made = config(context_parallel_size=2)
+    with pytest.raises(ValueError, match="--context-parallel-size 2 with --multi-latent-attention needs Transformer"):
+        LatentAttention(made, 1, AttnMaskType.causal, "self", k_channels=12, v_channels=6)
+
+
 DENSE_KEYS = {
     "embedding.word_embeddings.weight",
     "output_layer.weight",
@@ -253,9 +312,7 @@ def test_checkpoint_keys_of_layer_norm_and_experts():
     assert not [key for key in made if "input_layernorm" in key]
 
 
-@pytest.mark.parametrize(
-    ("symbol", "name"), [("M", "Mamba"), ("G", "gated delta net"), ("D", "sparse attention"), ("+", "multi-latent")]
-)
+@pytest.mark.parametrize(("symbol", "name"), [("M", "Mamba"), ("G", "gated delta net"), ("D", "sparse attention")])
 def test_other_layers_are_refused_by_symbol(symbol, name):
     with pytest.raises(ValueError, match="needs Transformer Engine: install") as refusal:
         model(f"{symbol}-", mtp_num_layers=None)

@@ -8,10 +8,12 @@ flags are the safe way.
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from typing import Any
 
-from megatron_mtpd.checkpoint.hf.shape import BLOCK, Shape
+from megatron_mtpd.checkpoint.hf.deepseek_arguments import experts_of, latent_of, parts_of
+from megatron_mtpd.checkpoint.hf.shape import Shape
 from megatron_mtpd.checkpoint.metadata import CheckpointError
 
 _CONSTANT: dict[str, Any] = {
@@ -33,11 +35,15 @@ _CONSTANT: dict[str, Any] = {
     "make_vocab_size_divisible_by": 128,
     "mtp_use_repeated_layer": False,
     "mtp_hybrid_override_pattern": None,
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "kv_channels": None,
     "multi_latent_attention": False,
     "heterogeneous_layers_config_path": None,
     "num_experts": None,
     "moe_latent_size": None,
     "moe_layer_freq": 1,
+    "moe_grouped_gemm": False,
     "spec": None,
     "transformer_impl": "transformer_engine",
     "no_persist_layer_norm": False,
@@ -64,14 +70,17 @@ _CONSTANT: dict[str, Any] = {
 def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Shape:
     """Of the arguments in a checkpoint that holds `num_heads` heads.
 
-    Raises CheckpointError, naming `where` and the flag, for a model that is no dense transformer with RMSNorm,
-    gated SiLU and rotary positions.
+    Raises CheckpointError, naming `where` and the flag, for a model that is no transformer with RMSNorm, gated SiLU and
+    rotary positions, or whose mixture of experts is not DeepSeek-V3's.
     """
     main, *heads = (args.get("hybrid_layer_pattern") or "").replace("|", "").split("/")
-    if not main or main != BLOCK * (len(main) // 2) or any(head != BLOCK for head in heads[:num_heads]):
+    found = re.fullmatch(r"(?:(\*-)+|(?P<dense>(?:\+-)*)(?P<experts>(?:\+E)+))", main)
+    block = "" if not found else "+E" if found["experts"] else "*-"
+    if not found or any(head != block for head in heads[:num_heads]):
         raise CheckpointError(
             f"{where} holds a model of --hybrid-layer-pattern {args.get('hybrid_layer_pattern')!r}: only dense "
-            f"transformers can be converted, whose layers and heads all are {BLOCK!r}."
+            "transformers can be converted, whose layers and heads all are '*-', and those of DeepSeek-V3, '+-' before "
+            "'+E' with heads '+E'."
         )
     needed = {
         "normalization": ("RMSNorm", "--normalization"),
@@ -81,7 +90,6 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
     }
     unusual = {
         "rotary_interleaved": "--rotary-interleaved",
-        "multi_latent_attention": "--multi-latent-attention",
         "apply_residual_connection_post_layernorm": "--apply-residual-connection-post-layernorm",
         "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
         "attention_output_gate": "--attention-output-gate",
@@ -96,6 +104,8 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
     for name, (value, flag) in needed.items():
         if args.get(name) != value:
             raise CheckpointError(f"{where}: trained with {flag} {args.get(name)}, and {value} is needed here.")
+    if not found["experts"]:
+        unusual["multi_latent_attention"] = "--multi-latent-attention"
     for name, flag in unusual.items():
         if args.get(name):
             raise CheckpointError(f"{where}: trained with {flag}, which no architecture here can express.")
@@ -105,6 +115,8 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
             f"{args.get('rotary_percent')}: only vanilla and 1.0 can be converted."
         )
     heads_of_attention = args["num_attention_heads"]
+    latent = latent_of(args, where) if found["experts"] else None
+    experts = experts_of(args, len(found["dense"]) // 2, where) if found["experts"] else None
     return Shape(
         num_layers=len(main) // 2,
         num_heads=num_heads,
@@ -112,7 +124,7 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
         ffn_hidden_size=args["ffn_hidden_size"],
         num_attention_heads=heads_of_attention,
         num_query_groups=args["num_query_groups"] if args.get("group_query_attention") else heads_of_attention,
-        head_dim=args.get("kv_channels") or args["hidden_size"] // heads_of_attention,
+        head_dim=latent.value_dim if latent else args.get("kv_channels") or args["hidden_size"] // heads_of_attention,
         vocab_size=args.get("vocab_size") or args["padded_vocab_size"],
         padded_vocab_size=args["padded_vocab_size"],
         norm_eps=args["layernorm_epsilon"],
@@ -123,6 +135,8 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
         qkv_bias=bool(args.get("add_qkv_bias")),
         qk_norm=bool(args.get("qk_layernorm")),
         dtype=dtype,
+        latent=latent,
+        experts=experts,
     )
 
 
@@ -136,9 +150,6 @@ def arguments(shape: Shape, dtype: Any, tokenizer: str | None) -> Namespace:
             "hidden_size": shape.hidden_size,
             "ffn_hidden_size": shape.ffn_hidden_size,
             "num_attention_heads": shape.num_attention_heads,
-            "group_query_attention": True,
-            "num_query_groups": shape.num_query_groups,
-            "kv_channels": shape.head_dim,
             "vocab_size": shape.vocab_size,
             "padded_vocab_size": shape.padded_vocab_size,
             "layernorm_epsilon": shape.norm_eps,
@@ -156,6 +167,7 @@ def arguments(shape: Shape, dtype: Any, tokenizer: str | None) -> Namespace:
             "tokenizer_model": tokenizer,
         }
         | _CONSTANT
+        | parts_of(shape)
     )
 
 
@@ -169,11 +181,14 @@ def flags(shape: Shape, tokenizer: str | None) -> list[str]:
         "--bf16": shape.dtype == "bfloat16",
         "--fp16": shape.dtype == "float16",
     }
+    heads = f" --mtp-num-layers {shape.num_heads}" if shape.num_heads else ""
+    layers = f"--hybrid-layer-pattern {shape.pattern}" if shape.latent else f"--num-layers {shape.num_layers}{heads}"
+    parts = [f"--{name.replace('_', '-')} {value}" for name, value in parts_of(shape).items() if value is not None]
     return [
-        f"--num-layers {shape.num_layers}" + (f" --mtp-num-layers {shape.num_heads}" if shape.num_heads else ""),
+        layers,
         f"--hidden-size {shape.hidden_size} --ffn-hidden-size {shape.ffn_hidden_size}",
-        f"--num-attention-heads {shape.num_attention_heads} --kv-channels {shape.head_dim}",
-        f"--group-query-attention --num-query-groups {shape.num_query_groups}",
+        f"--num-attention-heads {shape.num_attention_heads}",
+        " ".join(parts).replace(" True", ""),
         f"--max-position-embeddings {shape.max_positions} --padded-vocab-size {shape.padded_vocab_size}",
         f"--position-embedding-type rope --rotary-base {shape.rope_base}",
         f"--normalization RMSNorm --norm-epsilon {shape.norm_eps} --swiglu --disable-bias-linear",

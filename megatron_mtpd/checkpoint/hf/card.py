@@ -38,8 +38,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)  # for the {lines} lines of {code}.py
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, use_mtp=True, do_sample=False)[0]))
+text = "Once upon a time there was a small model that wanted to say many things at once, and so it"
+inputs = tokenizer(text, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, use_mtp=True, do_sample=False, max_new_tokens=64)[0]))
 ```
 
 A prompt of fewer tokens than there are heads raises an error there (5.23). Without `trust_remote_code=True` it is the
@@ -48,16 +49,18 @@ or `--format mimo` for them.
 """,
     DEEPSEEK.name: """\
 vLLM >= 0.32, with its V2 model runner. The older one uses head 1 at every depth, without an error: the output
-stays right, and acceptance falls.
+stays right, and acceptance falls. (Its warning about the same layer being run several times is printed for both.)
 
 ```sh
 VLLM_MLA_DISABLE=1 VLLM_USE_V2_MODEL_RUNNER=1 vllm serve {name} \\
     --speculative-config '{{"method": "mtp", "num_speculative_tokens": {heads}}}'
 ```
 
-`num_speculative_tokens` may be less than {heads}; more would use the heads again from the first. Head k's input at
-position 0 is zeroed by vLLM, which was not so in training: measure with `--mask-position-0` to compare. No other
-program reads this folder: its model type is DeepSeek-V3's, its layers are a {class_name}'s.
+`num_speculative_tokens` may be less than {heads}; a multiple of it would use the heads again from the first. vLLM
+zeroes the heads' embedding at position 0, which was not so in training: `tools/benchmark_acceptance.py
+--mask-position-0` counts as it does. While a text has fewer tokens than there are heads, 0.32 drafts something else
+(it runs the heads anew from before the first position), and accepts less. No other program reads this folder: its
+model type is DeepSeek-V3's, its layers are a {class_name}'s.
 """,
     MIMO.name: """\
 SGLang, with one draft token a step (more would use the head again). Made from its source, not run by this
@@ -68,8 +71,9 @@ python -m sglang.launch_server --model-path {name} --speculative-algorithm EAGLE
     --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
 ```
 
-vLLM reads this folder too, and hands the head a hidden state before the final norm, which was not so in training: the
-output stays right, and acceptance falls. Use `--format deepseek-v3` there.
+Like vLLM, SGLang zeroes the head's embedding at position 0: `tools/benchmark_acceptance.py --mask-position-0` counts
+as they do. vLLM reads this folder too, and hands the head a hidden state before the final norm, which was not so in
+training: the output stays right, and acceptance falls. Use `--format deepseek-v3` there.
 """,
 }
 

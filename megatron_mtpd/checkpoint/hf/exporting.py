@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from megatron_mtpd.checkpoint.hf.folder import (
 )
 from megatron_mtpd.checkpoint.hf.formats import FORMATS, TRANSFORMERS, TRUNK, Format
 from megatron_mtpd.checkpoint.hf.importing import DTYPES
-from megatron_mtpd.checkpoint.hf.layouts import Layout
+from megatron_mtpd.checkpoint.hf.layouts import Layout, prefixed
 from megatron_mtpd.checkpoint.hf.shape import Shape
 from megatron_mtpd.checkpoint.integrity import verify
 from megatron_mtpd.checkpoint.iterations import resolve
-from megatron_mtpd.checkpoint.metadata import CheckpointError, Metadata, read_metadata
+from megatron_mtpd.checkpoint.metadata import CheckpointError, Metadata, is_optimizer, read_metadata
 
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 """What a configuration of another architecture takes from that of the folder."""
@@ -60,6 +61,9 @@ class Export:
         yield from self.format.of_trunk(self.architecture, self.shape)
         for head in range(self.shape.num_heads):
             yield from self.format.head(self.architecture, self.shape, head)
+            if self.format is TRANSFORMERS:
+                prefix = self.format.head_prefix(self.shape, head)
+                yield from ((key, prefixed(layout, prefix)) for key, layout in self.architecture.copied.items())
 
 
 def export_hf(
@@ -91,23 +95,10 @@ def export_hf(
 
     Raises ValueError, naming the option, or CheckpointError, naming the file, before anything is written.
     """
-    import torch
-
-    from megatron_mtpd.checkpoint.hf.torch_dist import read_tensor
-
     refuse_overlap(load, save)
     export = plan(load, format, hf, acceptance, num_heads, ckpt_step, dtype, vocab_size, full)
-    source, shape = export.source, export.shape
-    wanted = getattr(torch, shape.dtype)
-
-    def entry(key: str, layout: Layout) -> Entry:
-        def read() -> list[Any]:
-            found = read_tensor(source, key).to(wanted)
-            return layout.split(found, shape)
-
-        return Entry(tuple(zip(layout.names, layout.shapes(shape.size_of(key), shape), strict=True)), read)
-
-    entries = [entry(key, layout) for key, layout in export.pairs()]
+    shape = export.shape
+    entries = list(_entries(export))
     total = sum(entry.nbytes(shape.dtype) for entry in entries)
     texts = card.files(export.architecture, shape, export.format, save.name, export.acceptance)
     with assembled(save, replace=force) as root:
@@ -127,6 +118,20 @@ def export_hf(
     return export
 
 
+def _entries(export: Export) -> Iterator[Entry]:
+    import torch
+
+    from megatron_mtpd.checkpoint.hf.blocks import Buffer, of_ours
+    from megatron_mtpd.checkpoint.hf.torch_dist import Reader
+
+    reader, buffer, shape = Reader(export.source), Buffer(), export.shape
+    for key, layout in export.pairs():
+        dtype = shape.dtype_of(key)
+        for name, size in zip(layout.names, layout.shapes(shape.size_of(key), shape), strict=True):
+            read = partial(of_ours, reader, key, layout, name, shape, getattr(torch, dtype), buffer)
+            yield Entry(name, size, read, dtype)
+
+
 def plan(
     load: Path,
     format: str,
@@ -144,6 +149,12 @@ def plan(
     problems = verify(directory, full, metadata=source)
     if problems:
         raise CheckpointError(f"{directory} cannot be exported: {problems[0]}. Load another with --ckpt-step.")
+    for key, tensor in source.tensors.items():
+        if tensor.dtype.startswith("float8") and not is_optimizer(key):
+            raise CheckpointError(
+                f"{directory} has {key} as {tensor.dtype}, and no scales that an export could read. Megatron saves FP8 "
+                "parameters as bf16: load the checkpoint where it was written, save it again, and export that."
+            )
     args = read_common_state(source).args
     chosen = FORMATS[format]
     heads = source.num_heads if num_heads is None else num_heads
@@ -171,6 +182,12 @@ def plan(
         raise ValueError(
             f"--hf {folder}: its architecture, {architecture.model_type}, cannot express the checkpoint's "
             f"{', '.join(lacking)}. Give the folder that the model was imported from."
+        )
+    architecture = architecture.sized(shape)
+    if architecture.copied and chosen not in (TRUNK, TRANSFORMERS):
+        raise ValueError(
+            f"--format {format} is for dense models with plain attention. Of {architecture.class_name}, --format "
+            f"{TRANSFORMERS.name} is the format that engines know."
         )
     if reason := chosen.refuse(shape):
         raise ValueError(f"--format {format} cannot hold this model: {reason}.")
@@ -205,11 +222,13 @@ def _compare(architecture: Architecture, folder: Path, shape: Shape) -> None:
 def _config(architecture: Architecture, shape: Shape, form: Format, found: dict[str, Any]) -> dict[str, Any]:
     """config.json: the folder's own, where it is of this architecture and the format keeps it, or a new one."""
     if found.get("model_type") == architecture.model_type and form in (TRUNK, TRANSFORMERS):
-        heads = {"num_mtp_layers", "num_nextn_predict_layers", "mtp_layer_types", "auto_map"}
-        base = {name: value for name, value in found.items() if name not in heads}
+        changed = {"num_mtp_layers", "num_nextn_predict_layers", "mtp_layer_types", "auto_map", "quantization_config"}
+        base = {name: value for name, value in found.items() if name not in changed}
         base |= {"torch_dtype" if "torch_dtype" in base else "dtype": shape.dtype, "vocab_size": shape.vocab_size}
         base["max_position_embeddings"] = max(shape.max_positions, base.get("max_position_embeddings", 0))
     else:
         base = architecture.config(shape) | {name: found[name] for name in _CARRIED if name in found}
     config = base | form.config(architecture, shape)
+    if architecture.copied:  # which takes a missing number for 1
+        config |= {"num_nextn_predict_layers": shape.num_heads}
     return config | ({"auto_map": card.auto_map()} if form is TRANSFORMERS else {})

@@ -1,29 +1,30 @@
 """Hugging Face folders: config.json, weights in safetensors files with an index, and the small files beside them.
 
-`Folder` opens one for reading; a tensor is read when it is asked for. `write_weights` writes weights of any size with
-one tensor in memory: a safetensors file is the length of its header, a JSON header, and the tensors' bytes, so what the
-header says is known before the first tensor is. The library's own writer takes all tensors of a file at once.
+`Folder` reads the rows that are asked for, and `write_weights` writes weights of any size, from blocks of rows.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_mtpd.checkpoint.files import sync
+from megatron_mtpd.checkpoint.hf import fp8
+from megatron_mtpd.checkpoint.hf.stored import DTYPES, Stored, ahead, read_exactly, read_header, write_exactly
 from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_SIZE = 4 << 30
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+COMPARED = 1 << 20
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     *("generation_config.json", "chat_template*", "LICENSE*", "NOTICE*"),
@@ -37,7 +38,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        self._files: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, Stored]] = {}
+        self._scale = lru_cache(maxsize=8)(self._read_scale)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -45,7 +47,7 @@ class Folder:
         if (self.path / INDEX).exists():
             found = read_json(self.path / INDEX).get("weight_map", {})
         elif (self.path / SINGLE).exists():
-            found = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            found = dict.fromkeys(self._header(SINGLE), SINGLE)
         else:
             raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}: give a folder with safetensors weights.")
         missing = sorted({file for file in found.values() if not (self.path / file).exists()})
@@ -54,27 +56,75 @@ class Folder:
         return found
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
-        return tuple(self._of(name).get_slice(name).get_shape())
+        return self._of(name).shape
 
-    def tensor(self, name: str) -> Any:
-        """A tensor. Raises ValueError naming the folder where there is none of that name."""
-        return self._of(name).get_tensor(name)
+    def dtype(self, name: str) -> str:
+        return self._of(name).dtype
 
-    def _of(self, name: str) -> Any:
+    @cached_property
+    def block_size(self) -> fp8.Block | None:
+        """Of weights in fp8. Raises ValueError for weights that are quantised in another way."""
+        return fp8.block_size(self.config.get("quantization_config"), str(self.path))
+
+    def read(self, name: str, first: int, out: Any) -> None:
+        """Rows of a tensor from `first` on, into `out` [rows, width] of any dtype; of fp8, what they stand for.
+
+        Raises ValueError, naming folder or file, where there is no such tensor, or its file is cut short.
+        """
+        stored = self._of(name)
+        if stored.dtype == str(out.dtype).removeprefix("torch."):
+            self._bytes(stored, first * out.shape[1], out)
+            return
+        import torch
+
+        rows = torch.empty(out.shape, dtype=getattr(torch, stored.dtype))
+        self._bytes(stored, first * out.shape[1], rows)
+        if rows.dtype == torch.float8_e4m3fn:
+            if self.block_size is None:
+                raise ValueError(f"{self.path}: {name} is fp8, and config.json has no quantization_config.")
+            rows = fp8.dequantised(rows, first, self._scale(name + fp8.SCALE), self.block_size)
+        out.copy_(rows)
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same bytes."""
+        a, b = self._of(name), self._of(other)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with a.path.open("rb") as left, b.path.open("rb") as right:
+            left.seek(a.offset)
+            right.seek(b.offset)
+            missing = math.prod(a.shape) * ITEM_SIZES[a.dtype]
+            while missing:
+                block = min(missing, COMPARED)
+                if left.read(block) != right.read(block):
+                    return False
+                missing -= block
+        return True
+
+    def _read_scale(self, name: str) -> Any:
+        import torch
+
+        scale = torch.empty(self.shape(name))
+        self.read(name, 0, scale)
+        return scale
+
+    def _bytes(self, stored: Stored, element: int, out: Any) -> None:
+        with stored.path.open("rb", buffering=0) as file:
+            if not read_exactly(file.fileno(), stored.offset + element * out.itemsize, out):
+                raise ValueError(f"{stored.path} is damaged or incomplete: it ends early.")
+
+    def _of(self, name: str) -> Stored:
         if name not in self.names:
             raise ValueError(f"{self.path} has no tensor {name}, which a model of its config.json has.")
-        return self._open(self.names[name])
+        stored = self._header(self.names[name]).get(name)
+        if stored is None:
+            raise ValueError(f"{self.path / self.names[name]} has no tensor {name}, and {INDEX} says that it has.")
+        return stored
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._files[file] = safe_open(self.path / file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{self.path / file} is damaged or incomplete: {error}.") from error
-        return self._files[file]
+    def _header(self, file: str) -> dict[str, Stored]:
+        if file not in self._headers:
+            self._headers[file] = read_header(self.path / file)
+        return self._headers[file]
 
 
 def refuse_overlap(source: Path, save: Path) -> None:
@@ -133,13 +183,16 @@ def copy_companions(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """Tensors that come from one read: their names and shapes, and how to get their values."""
+    """A tensor to write: `read` gives it in contiguous pieces that follow each other, on the CPU and of its dtype."""
 
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
-    read: Callable[[], list[Any]]
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Iterable[Any]]
+    dtype: str | None = None
+    """None: that of the other weights."""
 
     def nbytes(self, dtype: str) -> int:
-        return sum(math.prod(shape) for _, shape in self.tensors) * ITEM_SIZES[dtype]
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype or dtype]
 
 
 def write_weights(
@@ -149,10 +202,7 @@ def write_weights(
     progress: Callable[[int], object],
     shard_size: int = SHARD_SIZE,
 ) -> None:
-    """Write all entries into `directory`, in files of about `shard_size` bytes, with an index if there are several.
-
-    `read` gives contiguous tensors of that dtype on the CPU.
-    """
+    """Write all entries into `directory`, in files of about `shard_size` bytes, with an index if there are several."""
     shards = list(_shards(list(entries), dtype, shard_size))
     files = (
         [SINGLE]
@@ -162,9 +212,7 @@ def write_weights(
     for file, shard in zip(files, shards, strict=True):
         _write_file(directory / file, shard, dtype, progress)
     if len(files) > 1:
-        weight_map = {
-            name: file for file, shard in zip(files, shards, strict=True) for e in shard for name, _ in e.tensors
-        }
+        weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
         total = sum(entry.nbytes(dtype) for shard in shards for entry in shard)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -186,17 +234,19 @@ def _write_file(path: Path, entries: list[Entry], dtype: str, progress: Callable
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in (tensor for entry in entries for tensor in entry.tensors):
-        start, end = end, end + math.prod(shape) * ITEM_SIZES[dtype]
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for entry in entries:
+        start, end = end, end + entry.nbytes(dtype)
+        of = DTYPES[entry.dtype or dtype]
+        header[entry.name] = {"dtype": of, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for aligned data
-    with path.open("xb") as file:
+    with path.open("xb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            for (name, shape), tensor in zip(entry.tensors, entry.read(), strict=True):
-                assert tuple(tensor.shape) == shape and tensor.dtype == getattr(torch, dtype), name
-                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(data)
-                progress(data.nbytes)
-    sync(path)
+        written = dict.fromkeys((entry.name for entry in entries), 0)
+        for entry, piece in ahead((each, piece) for each in entries for piece in each.read()):
+            assert piece.dtype == getattr(torch, entry.dtype or dtype), entry.name
+            write_exactly(file, piece)
+            written[entry.name] += piece.nbytes
+            progress(piece.nbytes)
+        assert written == {entry.name: entry.nbytes(dtype) for entry in entries}
+        os.fsync(file.fileno())

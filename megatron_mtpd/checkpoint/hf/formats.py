@@ -34,7 +34,7 @@ from megatron_mtpd.checkpoint.hf.layouts import (
 from megatron_mtpd.checkpoint.hf.shape import Shape
 
 Pairs = Iterator[tuple[str, Layout]]
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ def _deepseek_config(architecture: Architecture, shape: Shape) -> dict[str, Any]
         "topk_group": 1,
         "first_k_dense_replace": shape.num_layers + shape.num_heads,
         "moe_intermediate_size": shape.ffn_hidden_size,
+        # In fp16, vLLM divides what a dense layer adds by it; it is 2.5 where nothing is said.
+        "routed_scaling_factor": 1.0,
         # Plain attention: vLLM takes widths of 0 for that.
         "kv_lora_rank": 1,
         "q_lora_rank": None,
@@ -132,13 +134,12 @@ def _deepseek_trunk(architecture: Architecture, shape: Shape) -> Pairs:
 
 
 def _deepseek_head(architecture: Architecture, shape: Shape, ours: str, theirs: str) -> Pairs:
+    """Without the copies of embedding and output layer that DeepSeek's own files have in each: vLLM takes the main
+    model's for all heads."""
     for key, layout in architecture.block(ours, 0, theirs):
         if isinstance(layout, GroupedQKV):
             layout = ConcatenatedQKV(theirs + "self_attn.qkv_proj.weight")
         yield key, layout
-    # vLLM reads the embedding from the first head, and the output layer from each.
-    yield EMBEDDING, Vocabulary(theirs + "embed_tokens.weight")
-    yield EMBEDDING if shape.tied else OUTPUT, Vocabulary(theirs + "shared_head.head.weight")
 
 
 def _refuse_deepseek(shape: Shape) -> str | None:

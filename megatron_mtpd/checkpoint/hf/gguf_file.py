@@ -43,4 +43,4 @@ def unpack(source: Path, folder: Path) -> None:
 
 
 def _entry(name: str, tensor: Any) -> Entry:
-    return Entry(((name, tuple(tensor.shape)),), lambda: [tensor])
+    return Entry(name, tuple(tensor.shape), lambda: [tensor])

@@ -5,8 +5,9 @@ The result is a `release` checkpoint: weights without a place in a run. Heads co
 (config.json, tokenizer) goes along into `hf/`, where training finds the tokenizer and a later export the rest;
 `model.args` holds the flags that train the model.
 
-The result appears whole or not at all. Deliberately absent: quantised weights, but for GGUF, which transformers
-dequantises into a folder first (all of it in memory).
+The result appears whole or not at all. Deliberately absent: quantised weights, but for fp8 with a scale for each block
+(DeepSeek-V3), which becomes bf16, and for GGUF, which transformers dequantises into a folder first (all of it in
+memory).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mtpd.checkpoint.files import Progress, assembled, sync
+from megatron_mtpd.checkpoint.hf import fp8
 from megatron_mtpd.checkpoint.hf.architectures import Architecture, architecture_of
 from megatron_mtpd.checkpoint.hf.arguments import arguments, flags
 from megatron_mtpd.checkpoint.hf.folder import CONFIG, Folder, companions, copy_companions, read_config, refuse_overlap
@@ -28,6 +30,7 @@ from megatron_mtpd.checkpoint.hf.formats import TRANSFORMERS
 from megatron_mtpd.checkpoint.hf.gguf_file import unpack
 from megatron_mtpd.checkpoint.hf.layouts import Layout
 from megatron_mtpd.checkpoint.hf.shape import Shape
+from megatron_mtpd.checkpoint.hf.stored import ahead
 from megatron_mtpd.checkpoint.iterations import RELEASE, directory_of, write_tracker
 from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
 
@@ -74,6 +77,7 @@ def import_hf(
         folder = Folder(path)
         architecture = architecture_of(folder.config.get("model_type"), str(source))
         shape = _shape(folder, architecture, dtype, max_positions, str(source))
+        architecture = architecture.sized(shape)
         there = _heads_in(folder, shape)
         heads = there if num_heads is None else num_heads
         if heads < 0 or (there and heads > there):
@@ -115,7 +119,7 @@ def _shape(
 ) -> Shape:
     config = read_config(folder.path)
     embedding = next(layout for key, layout in architecture.model.items() if key.startswith("embedding.")).names[0]
-    found = str(folder.tensor(embedding).dtype).removeprefix("torch.")
+    found = folder.dtype(embedding)
     if found not in DTYPES.values():
         raise ValueError(f"{where}: its weights are {found}; only {', '.join(DTYPES.values())} can be converted.")
     vocabulary = folder.shape(embedding)[0]
@@ -145,33 +149,39 @@ def _write(
 ) -> None:
     import torch
 
+    from megatron_mtpd.checkpoint.hf.archive import checksum
+    from megatron_mtpd.checkpoint.hf.blocks import Buffer, of_theirs
     from megatron_mtpd.checkpoint.hf.torch_dist import Writer
 
-    dtype = getattr(torch, shape.dtype)
-    writer = Writer(directory)
+    writer, buffer = Writer(directory), Buffer()
     table = list(architecture.trunk(shape))
     if init is None:
         table += [pair for head in range(shape.num_heads) for pair in TRANSFORMERS.head(architecture, shape, head)]
     _check(folder, table, architecture, shape)
-    sizes = [sum(math.prod(folder.shape(name)) for name in layout.names) for _, layout in table]
-    total = sum(sizes) * ITEM_SIZES[shape.dtype]
+
+    def blocks() -> Iterator[tuple[str, torch.Tensor, int]]:
+        for key, layout in table:
+            size, dtype = shape.size_of(key), getattr(torch, shape.dtype_of(key))
+            for block in of_theirs(folder, layout, size, dtype, shape, buffer):
+                yield key, block, checksum(block)
+
+    total = sum(math.prod(shape.size_of(key)) * ITEM_SIZES[shape.dtype_of(key)] for key, _ in table)
     free = shutil.disk_usage(directory).free
     if total > free:
         raise ValueError(f"--save needs {total / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB.")
     with Progress("import", total) as progress:
-        for key, layout in table:
-            pieces = layout.join([folder.tensor(name).to(dtype) for name in layout.names], shape)
-            writer.tensor(key, pieces)
-            progress(sum(piece.nbytes for piece in pieces))
+        for key, block, crc in ahead(blocks()):
+            writer.rows(key, shape.size_of(key), block, crc)
+            progress(block.nbytes)
     if init is not None:
         from megatron_mtpd.checkpoint.hf.new_heads import write_heads
 
-        write_heads(writer, folder, architecture, shape, init, seed)
+        write_heads(writer, architecture, shape, init, seed)
     for module in shape.linear_modules():
-        writer.extra_state(module)
+        writer.extra_state(module, shape.copies_of(module))
     writer.finish(
         {
-            "args": arguments(shape, dtype, tokenizer),
+            "args": arguments(shape, getattr(torch, shape.dtype), tokenizer),
             "checkpoint_version": 3.0,
             "iteration": 0,
             "num_floating_point_operations_so_far": 0,
@@ -181,11 +191,12 @@ def _write(
 
 
 def _check(folder: Folder, table: list[tuple[str, Layout]], architecture: Architecture, shape: Shape) -> None:
-    """Raises ValueError where a tensor is not as large as config.json makes it, or nothing is known of it."""
+    """Raises ValueError where a tensor is not as large as config.json makes it, or nothing is known of it, or a head
+    has an embedding or an output layer that is not the main model's."""
     known = set()
     for key, layout in table:
         for name, should in zip(layout.names, layout.shapes(shape.size_of(key), shape), strict=True):
-            known.add(name)
+            known.update((name, name + fp8.SCALE))
             if folder.shape(name) != should:
                 raise ValueError(
                     f"{folder.path}: {name} is {list(folder.shape(name))}, and config.json describes {list(should)}."
@@ -199,3 +210,11 @@ def _check(folder: Folder, table: list[tuple[str, Layout]], architecture: Archit
                 f"{folder.path}: {architecture.class_name} has no tensor {name}, and leaving it out could change what "
                 "the model computes."
             )
+    for prefix in heads[: shape.num_heads]:
+        for key, layout in architecture.copied.items():
+            copy, original = prefix + layout.names[0], architecture.model[key].names[0]
+            if copy in folder.names and not folder.same(copy, original):
+                raise ValueError(
+                    f"{folder.path}: {copy} is not {original}. Heads share embedding and output layer with the main "
+                    "model here: give --num-heads 0 to import the model without them."
+                )

@@ -1,13 +1,17 @@
-"""How one tensor of ours is made of the tensors of a Hugging Face checkpoint, and back.
+"""Which rows of ours are which rows of the tensors of a Hugging Face checkpoint.
 
-A layout names their tensors and knows three things: the shapes that they have (`shapes`), their values from ours
-(`split`), and ours from theirs (`join`), as pieces that follow each other in the first dimension, so that nothing is
-copied only to be put side by side. `split` after `join` is the identity, bit for bit.
+A layout names their tensors and knows the shapes that they have (`shapes`) and, for both directions, the runs of rows
+that are the same in ours and in theirs (`runs`). So a tensor of any size is converted a block of rows at a time, and
+what comes back is what went in, bit for bit. A row is what an index of the first dimension stands for; where ours has
+three dimensions, one for the experts, their rows are counted through.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,23 +22,59 @@ Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Same:
-    """One tensor under another name."""
+class Run:
+    """`count` rows, from `theirs` on in the tensor `name` of theirs, from `ours` on in ours."""
 
     name: str
+    theirs: int
+    ours: int
+    count: int
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
+
+class Layout(ABC):
+    """Of one tensor of ours, whose size is `ours`."""
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def shapes(self, ours: Size, shape: Shape) -> list[Size]:
+        """Of each of their tensors."""
+
+    @abstractmethod
+    def runs(self, ours: Size, shape: Shape) -> list[Run]:
+        """In the order of our rows. Rows of theirs that no run covers are zeros, rows of ours padding."""
+
+    def turned(self, rows: Tensor) -> Tensor:
+        """What each row becomes on its way, in either direction."""
+        return rows
+
+
+Table = dict[str, Layout]
+"""From our names, without what says which layer, to layouts of theirs."""
+
+
+class _Named(Layout):
+    """One tensor of theirs."""
+
+    def __init__(self, name: str) -> None:
+        self.names = (name,)
+
+
+class _Parts(Layout):
+    """Several tensors of theirs."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+
+class Same(_Named):
+    """One tensor under another name."""
 
     def shapes(self, ours: Size, shape: Shape) -> list[Size]:
         return [ours]
 
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
-        return [ours]
-
-    def join(self, theirs: list[Tensor], shape: Shape) -> list[Tensor]:
-        return theirs
+    def runs(self, ours: Size, shape: Shape) -> list[Run]:
+        return [Run(self.names[0], 0, 0, self.shapes(ours, shape)[0][0])]
 
 
 class Vocabulary(Same):
@@ -47,79 +87,59 @@ class Vocabulary(Same):
     def shapes(self, ours: Size, shape: Shape) -> list[Size]:
         return [(shape.vocab_size, *ours[1:])]
 
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
-        return [ours[: shape.vocab_size]]
 
-    def join(self, theirs: list[Tensor], shape: Shape) -> list[Tensor]:
-        padding = shape.padded_vocab_size - shape.vocab_size
-        if not padding:
-            return theirs
-        mean = theirs[0].mean(0, keepdim=True, dtype=torch.float32).to(theirs[0].dtype)
-        return [theirs[0], mean.expand(padding, -1).contiguous()]
+class SwappedHalves(Same):
+    """[h, 2h] whose input has its halves in the other order: hidden state first, embedding second."""
+
+    def turned(self, rows: Tensor) -> Tensor:
+        return torch.cat(list(rows.chunk(2, 1))[::-1], 1)
 
 
-@dataclass(frozen=True)
-class Stacked:
-    """Equal parts one after the other: the two projections of a gated MLP."""
-
-    names: tuple[str, ...]
+class Stacked(_Parts):
+    """Equal parts [rows, h] one after the other: the two projections of a gated MLP, and those of all experts."""
 
     def shapes(self, ours: Size, shape: Shape) -> list[Size]:
-        return [(ours[0] // len(self.names), *ours[1:])] * len(self.names)
+        rows = math.prod(ours[:-1]) // len(self.names)
+        return [(rows, ours[-1])] * len(self.names)
 
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
-        return list(ours.chunk(len(self.names)))
-
-    def join(self, theirs: list[Tensor], shape: Shape) -> list[Tensor]:
-        return theirs
+    def runs(self, ours: Size, shape: Shape) -> list[Run]:
+        rows = self.shapes(ours, shape)[0][0]
+        return [Run(name, 0, rows * number, rows) for number, name in enumerate(self.names)]
 
 
-@dataclass(frozen=True)
-class GroupedQKV:
+class GroupedQKV(_Parts):
     """Query, key and value projections, or their biases.
 
     Ours holds, for each group of query heads in turn, the group's queries, its key and its value: [groups * (q + 2) *
     d, ...] with q query heads a group and d channels a head. Theirs are all queries, all keys, all values.
     """
 
-    names: tuple[str, str, str]
-
     def shapes(self, ours: Size, shape: Shape) -> list[Size]:
         keys = shape.num_query_groups * shape.head_dim
         return [(shape.num_attention_heads * shape.head_dim, *ours[1:]), (keys, *ours[1:]), (keys, *ours[1:])]
 
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
+    def runs(self, ours: Size, shape: Shape) -> list[Run]:
         groups, head = shape.num_query_groups, shape.head_dim
-        queries = shape.num_attention_heads // groups
-        by_group = ours.view(groups, (queries + 2) * head, *ours.shape[1:])
-        parts = by_group.split([queries * head, head, head], 1)
-        return [part.reshape(-1, *ours.shape[1:]) for part in parts]
+        parts = [shape.num_attention_heads // groups * head, head, head]
+        runs, row = [], 0
+        for group in range(groups):
+            for name, rows in zip(self.names, parts, strict=True):
+                runs.append(Run(name, group * rows, row, rows))
+                row += rows
+        return runs
 
-    def join(self, theirs: list[Tensor], shape: Shape) -> list[Tensor]:
-        groups, rest = shape.num_query_groups, theirs[0].shape[1:]
-        return [torch.cat([part.reshape(groups, -1, *rest) for part in theirs], 1).reshape(-1, *rest)]
 
-
-@dataclass(frozen=True)
-class ConcatenatedQKV:
+class ConcatenatedQKV(_Named):
     """All queries, all keys, all values, in one tensor of theirs."""
-
-    name: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
 
     def shapes(self, ours: Size, shape: Shape) -> list[Size]:
         return [ours]
 
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
-        return [torch.cat(GroupedQKV(("q", "k", "v")).split(ours, shape))]
-
-    def join(self, theirs: list[Tensor], shape: Shape) -> list[Tensor]:
-        keys = shape.num_query_groups * shape.head_dim
-        parts = theirs[0].split([shape.num_attention_heads * shape.head_dim, keys, keys])
-        return GroupedQKV(("q", "k", "v")).join(list(parts), shape)
+    def runs(self, ours: Size, shape: Shape) -> list[Run]:
+        apart = GroupedQKV(("q", "k", "v"))
+        queries, keys, _ = (size[0] for size in apart.shapes(ours, shape))
+        first = {"q": 0, "k": queries, "v": queries + keys}
+        return [replace(r, name=self.names[0], theirs=r.theirs + first[r.name]) for r in apart.runs(ours, shape)]
 
 
 class ZeroBias(GroupedQKV):
@@ -128,26 +148,12 @@ class ZeroBias(GroupedQKV):
     def shapes(self, ours: Size, shape: Shape) -> list[Size]:
         return [size[:1] for size in super().shapes(ours, shape)]
 
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
-        return [ours.new_zeros(size) for size in self.shapes(tuple(ours.shape), shape)]
-
-
-class SwappedHalves(Same):
-    """[h, 2h] whose input has its halves in the other order: hidden state first, embedding second."""
-
-    def split(self, ours: Tensor, shape: Shape) -> list[Tensor]:
-        return [torch.cat(list(ours.chunk(2, 1))[::-1], 1)]
-
-    def join(self, theirs: list[Tensor], shape: Shape) -> list[Tensor]:
-        return self.split(theirs[0], shape)
-
-
-Layout = Same | Stacked | GroupedQKV | ConcatenatedQKV
-Table = dict[str, Layout]
-"""From our names, without what says which layer, to layouts of theirs."""
+    def runs(self, ours: Size, shape: Shape) -> list[Run]:
+        return []
 
 
 def prefixed(layout: Layout, prefix: str) -> Layout:
     """The same layout of names that start with a prefix."""
-    names = tuple(prefix + name for name in layout.names)
-    return type(layout)(names[0] if isinstance(layout, Same | ConcatenatedQKV) else names)  # pyright: ignore
+    changed = copy(layout)
+    changed.names = tuple(prefix + name for name in layout.names)
+    return changed

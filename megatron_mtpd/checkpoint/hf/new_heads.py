@@ -9,24 +9,24 @@ layers are normal with Megatron's standard deviations and norms are ones, as the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_mtpd.checkpoint.hf.architectures import Architecture
-from megatron_mtpd.checkpoint.hf.folder import Folder
-from megatron_mtpd.checkpoint.hf.shape import Shape
+from megatron_mtpd.checkpoint.hf.blocks import flat, ranges
+from megatron_mtpd.checkpoint.hf.shape import EXPERT_BIAS, Shape
 from megatron_mtpd.checkpoint.hf.torch_dist import Writer
 
 STD = 0.02
 _OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def write_heads(writer: Writer, folder: Folder, architecture: Architecture, shape: Shape, init: str, seed: int) -> None:
+def write_heads(writer: Writer, architecture: Architecture, shape: Shape, init: str, seed: int) -> None:
     """Add `shape.num_heads` heads to a checkpoint whose trunk is written. Raises ValueError for an unknown `init`."""
     if init not in ("last-layer", "random"):
         raise ValueError(f"--init {init}: choose last-layer or random.")
-    dtype = getattr(torch, shape.dtype)
     random = torch.Generator().manual_seed(seed)
     last = 2 * (shape.num_layers - 1)
     block = [key for key, _ in architecture.block("{}.", 0, "")]
@@ -44,9 +44,24 @@ def write_heads(writer: Writer, folder: Folder, architecture: Architecture, shap
             elif init == "last-layer" and name == "final_layernorm.weight":
                 writer.alias(key, "decoder.final_norm.weight")
             elif init == "last-layer" and name == "eh_proj.weight":
-                writer.tensor(key, [torch.eye(shape.hidden_size).repeat(1, 2).to(dtype)])
+                writer.tensor(key, _blocks(key, shape, _adds_both), shape.size_of(key))
             else:
-                writer.tensor(key, [_fresh(name, shape.size_of(key), shape, random).to(dtype)])
+                writer.tensor(key, _blocks(key, shape, _fresh(name, shape, random)), shape.size_of(key))
+
+
+def _blocks(key: str, shape: Shape, make: Callable[[int, int, int], Tensor]) -> Iterator[Tensor]:
+    """A tensor in blocks, of what `make` gives for first row, last row and width."""
+    size, dtype = shape.size_of(key), getattr(torch, shape.dtype_of(key))
+    for first, last in ranges(size, torch.float32.itemsize):
+        yield make(first, last, flat(size)[2]).to(dtype)
+
+
+def _adds_both(first: int, last: int, width: int) -> Tensor:
+    """Rows of two identities side by side."""
+    rows = torch.zeros(last - first, width)
+    rows[:, first:last].fill_diagonal_(1.0)
+    rows[:, width // 2 + first : width // 2 + last].fill_diagonal_(1.0)
+    return rows
 
 
 def _parts(block: list[str]) -> list[str]:
@@ -55,10 +70,11 @@ def _parts(block: list[str]) -> list[str]:
     return ["enorm.weight", "hnorm.weight", "eh_proj.weight", *layers, "final_layernorm.weight"]
 
 
-def _fresh(name: str, size: tuple[int, ...], shape: Shape, random: torch.Generator) -> Tensor:
-    if name.endswith(".bias"):
-        return torch.zeros(size)
-    if len(size) == 1:
-        return torch.ones(size)
+def _fresh(name: str, shape: Shape, random: torch.Generator) -> Callable[[int, int, int], Tensor]:
+    """What a tensor holds at the start of a pretraining."""
+    if name.endswith((".bias", EXPERT_BIAS)):
+        return lambda first, last, width: torch.zeros(last - first, width)
+    if len(shape.size_of(name)) == 1:
+        return lambda first, last, width: torch.ones(last - first, width)
     scale = STD / math.sqrt(2.0 * shape.num_layers) if name.endswith(_OUTPUTS) else STD
-    return torch.randn(size, generator=random) * scale
+    return lambda first, last, width: torch.randn(last - first, width, generator=random) * scale

@@ -7,6 +7,7 @@ model is given its own, so that they agree often enough for every number of acce
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 
 from megatron_mtpd import platform
 
@@ -144,3 +145,28 @@ def speculative(model: MTPDModel, prompt: list[int], size: int, num_heads: int) 
         counts.add(num_heads, accepted)
         tokens += truth[: accepted + 1]
     return tokens[len(prompt) :][:size], counts
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|> ' + m['role'] + ' ' + m['content'] + ' <|end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|> assistant ' }}{% endif %}"
+)
+
+
+def chat_tokenizer(folder: Path, template: str | None = TEMPLATE, adds_first: bool = False) -> str:
+    """Make a folder with a tokenizer of 95 words, from `<|end|>`, 0, over `w4`, 4, to `w94`. `adds_first`: `<|start|>`
+    before every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<|end|>", "<|start|>", "user", "assistant", *(f"w{i}" for i in range(4, 95))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w94"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    if adds_first:
+        words.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single="<|start|> $A", special_tokens=[("<|start|>", 1)]
+        )
+    specials = {"eos_token": "<|end|>", "bos_token": "<|start|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **specials)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_mtpd.checkpoint.hf.architectures import llama, mistral, qwen2, qwen3
+from megatron_mtpd.checkpoint.hf.architectures import deepseek_v3, llama, mistral, qwen2, qwen3
 from megatron_mtpd.checkpoint.hf.architectures.architecture import Architecture
 from megatron_mtpd.checkpoint.hf.shape import Shape
 
 ARCHITECTURES: dict[str, Architecture] = {
-    module.ARCHITECTURE.model_type: module.ARCHITECTURE for module in (llama, qwen2, qwen3, mistral)
+    module.ARCHITECTURE.model_type: module.ARCHITECTURE for module in (llama, qwen2, qwen3, mistral, deepseek_v3)
 }
 """By `model_type`, in the order in which `for_shape` looks."""
 
@@ -28,5 +28,6 @@ def for_shape(shape: Shape) -> Architecture:
             return architecture
     raise ValueError(
         f"No architecture of {', '.join(ARCHITECTURES)} has the model's combination of options: "
-        f"--add-qkv-bias {shape.qkv_bias}, --qk-layernorm {shape.qk_norm}, --kv-channels {shape.head_dim}."
+        f"--add-qkv-bias {shape.qkv_bias}, --qk-layernorm {shape.qk_norm}, --kv-channels {shape.head_dim}, "
+        f"--multi-latent-attention {shape.latent is not None}, --num-experts {shape.experts and shape.experts.count}."
     )

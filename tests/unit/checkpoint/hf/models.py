@@ -76,8 +76,8 @@ def toy_shape(num_heads: int = 4, **changes: Any) -> Shape:
         "head_dim": 32,
         "vocab_size": 96,
         "padded_vocab_size": 128,
-        "norm_eps": 1e-5,
-        "rope_base": 10000,
+        "norm_eps": 1e-5,  # this and the next are not what engines take where nothing is said
+        "rope_base": 50000,
         "rope_factor": None,
         "max_positions": 256,
         "tied": False,

@@ -33,7 +33,7 @@ def config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_deepseek_has_a_fused_projection_and_its_own_output_layer_in_each_head(
+def test_deepseek_has_a_fused_projection_and_no_copy_of_the_output_layer_in_each_head(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     export_hf(checkpoint, tmp_path / "plain", "transformers")
@@ -43,13 +43,13 @@ def test_deepseek_has_a_fused_projection_and_its_own_output_layer_in_each_head(
         prefix = f"model.layers.{head}."
         qkv = torch.cat([plain[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"])
         assert torch.equal(deepseek[prefix + "self_attn.qkv_proj.weight"], qkv)
-        assert torch.equal(deepseek[prefix + "shared_head.head.weight"], plain["lm_head.weight"])
-        assert torch.equal(deepseek[prefix + "embed_tokens.weight"], plain["model.embed_tokens.weight"])
+        assert not any(prefix + name in deepseek for name in ("shared_head.head.weight", "embed_tokens.weight"))
         for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "mlp.gate_proj", "input_layernorm"):
             assert torch.equal(deepseek[f"{prefix}{name}.weight"], plain[f"{prefix}{name}.weight"])
     found = config(tmp_path / "deepseek")
     assert found["architectures"] == ["DeepseekV3ForCausalLM"] and found["num_nextn_predict_layers"] == 2
     assert found["first_k_dense_replace"] == 4  # dense to the last head
+    assert found["routed_scaling_factor"] == 1.0  # or vLLM would divide the dense layers' output in fp16
 
 
 def test_deepseek_of_a_tied_model_gets_an_output_layer(tmp_path: Path) -> None:
@@ -78,9 +78,12 @@ def test_mimo_has_swapped_halves_and_zero_biases(checkpoint: Path, tmp_path: Pat
         ("deepseek-v3", {"qkv_bias": True}, "neither biases"),
         ("deepseek-v3", {"qk_norm": True}, "neither biases"),
         ("deepseek-v3", {"head_dim": 48}, "hidden size / heads wide"),
+        ("deepseek-v3", {"rope_factor": 4}, "scaled rotary positions"),
         ("deepseek-v3", {"num_heads": 0}, "has no heads"),
         ("mimo", {}, "it has one head"),
         ("mimo", {"num_heads": 1, "qk_norm": True}, "no norms of query and key"),
+        ("mimo", {"num_heads": 1, "head_dim": 48}, "hidden size / heads wide"),
+        ("mimo", {"num_heads": 0}, "has no heads"),
         ("transformers", {"num_heads": 0}, "has no heads"),
     ],
 )
@@ -114,6 +117,22 @@ def test_the_model_card_says_how_to_run_it_and_what_was_measured(checkpoint: Pat
     with pytest.raises(ValueError, match="--acceptance: it is not what"):
         export_hf(checkpoint, tmp_path / "other", acceptance=tmp_path / "acceptance.json")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "num_heads", "command"),
+    [
+        ("trunk", None, "transformers, vLLM, SGLang: as any LlamaForCausalLM"),
+        ("transformers", None, "model.generate(**inputs, use_mtp=True, do_sample=False, max_new_tokens=64)"),
+        ("deepseek-v3", 1, '"num_speculative_tokens": 1'),
+        ("mimo", 1, "--speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2"),
+    ],
+)
+def test_the_model_card_names_the_engine_and_its_settings(
+    format: str, num_heads: int | None, command: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    export_hf(checkpoint, tmp_path / "out", format, num_heads=num_heads)
+    assert command in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_export_of_another_model_than_the_folders_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -199,7 +218,7 @@ def test_a_sliding_window_is_full_attention_up_to_its_length(tmp_path: Path) -> 
 
 def test_the_files_are_what_the_library_reads(tmp_path: Path) -> None:
     tensors = {f"t{n}": torch.randn(n + 1, 3).bfloat16() for n in range(5)}
-    entries = [Entry(((name, tuple(t.shape)),), lambda t=t: [t]) for name, t in tensors.items()]
+    entries = [Entry(name, tuple(t.shape), lambda t=t: [t]) for name, t in tensors.items()]
     write_weights(tmp_path, entries, "bfloat16", lambda count: None, shard_size=40)
     (tmp_path / "config.json").write_text("{}")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -9,30 +9,17 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import candidate_generator
 
 from megatron_mtpd.checkpoint.hf.exporting import export_hf
-from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative import loading
 from megatron_mtpd.speculative.decoder import Decoder
+from tests.unit.checkpoint.hf.greedy import greedy, toy_prompts
 from tests.unit.checkpoint.hf.models import toy_checkpoint, toy_shape
 
-HEADS, NEW = 4, 60
-# Shorter ones than there are heads raise an error in transformers 5.23.
-PROMPTS = [[5, 17, 3, 80], [24, 7, 24, 7, 24], list(range(1, 11)), [72, 48, 9, 24]]
-
-
-def ours(model: MTPDModel, prompt: list[int]) -> tuple[list[int], list[int]]:
-    """Greedy tokens, and how many drafts each step accepted."""
-    decoder = Decoder(model, HEADS, 1, 256, vocab_size=96)
-    tokens, accepted = decoder.prefill(0, [prompt]), []
-    while len(tokens) < NEW:
-        (committed,) = decoder.step(1).tokens
-        tokens += committed
-        accepted.append(len(committed) - 1)
-    return tokens, accepted
+HEADS, NEW = 4, 24
 
 
 @pytest.fixture
 def matches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many drafts each step of transformers accepted, as it goes."""
+    """How many drafts each step of transformers accepts, as it goes: it keeps no counts itself."""
     found: list[int] = []
 
     def record(self: Any, input_ids: Any, scores: Any, num_matches: Any) -> None:
@@ -42,26 +29,35 @@ def matches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def theirs(model: Any, prompt: list[int], matches: list[int]) -> tuple[list[int], list[int]]:
+    """Greedy tokens, and how many drafts each step accepted.
+
+    Asked for as many tokens more as there are heads, since it cuts the last step's count at what was asked for. Its
+    first step is the prompt's pass, without drafts. Without a mask it would take tokens of the prompt for padding.
+    """
+    matches.clear()
+    ids = torch.tensor([prompt])
+    fixed = {"do_sample": False, "max_new_tokens": NEW + HEADS, "eos_token_id": None, "pad_token_id": 0}
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), use_mtp=True, **fixed)[0, len(prompt) :].tolist()
+    return tokens[:NEW], matches[1:]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}], ids=["llama", "tied", "qwen2", "qwen3"]
+    ("options", "number"),
+    [({}, 50), ({"tied": True}, 8), ({"rope_factor": 4}, 8), ({"qkv_bias": True}, 8), ({"qk_norm": True}, 8)],
+    ids=["llama", "tied", "scaled", "qwen2", "qwen3"],
 )
 def test_transformers_accepts_what_we_accept(
-    options: dict[str, Any], tmp_path: Path, one_process: None, matches: list[int]
+    options: dict[str, Any], number: int, tmp_path: Path, one_process: None, matches: list[int]
 ) -> None:
     toy_checkpoint(tmp_path / "ours", toy_shape(HEADS, **options))
     export_hf(tmp_path / "ours", tmp_path / "out")
-    model = loading.load(tmp_path / "ours").model
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    fixed = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
-    seen = set()
-    for prompt in PROMPTS:
-        tokens, accepted = ours(model, prompt)
-        matches.clear()
-        found = theirs.generate(torch.tensor([prompt]), use_mtp=True, **fixed)[0, len(prompt) :].tolist()
-        plain = theirs.generate(torch.tensor([prompt]), **fixed)[0, len(prompt) :].tolist()
-        assert tokens[:NEW] == found == plain
-        # Its first step is the prompt's pass, without drafts; the last ones are cut at the number of tokens asked for.
-        steps = len(matches) - 3
-        assert accepted[:steps] == matches[1 : steps + 1]
-        seen |= set(accepted[:steps])
-    assert len(seen) >= 3, "too few different numbers of accepted drafts to tell heads apart"
+    prompts = toy_prompts(number, HEADS)
+    decoder = Decoder(loading.load(tmp_path / "ours").model, HEADS, number, 512, vocab_size=96)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    seen: set[int] = set()
+    for prompt, tokens, accepted in zip(prompts, *greedy(decoder, prompts, NEW), strict=True):
+        found, counts = theirs(model, prompt, matches)
+        assert (found, counts[: len(accepted)]) == (tokens, accepted)
+        seen |= set(accepted)
+    assert {0, HEADS} < seen, "too few different numbers of accepted drafts to tell heads apart"
