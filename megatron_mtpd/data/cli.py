@@ -41,7 +41,9 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (default): .jsonl and .ndjson files hold a JSON document a line, all others are text",
     )
-    group.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text (text)")
+    group.add_argument(
+        "--json-key", default="text", metavar="KEY", help="where a JSON line holds its text, or its token ids (text)"
+    )
     group.add_argument(
         "--split",
         choices=SPLITS,

@@ -2,9 +2,9 @@
 
 The contract: the dataset holds the documents in the order of the input, whatever the number of workers; it
 appears whole or not at all (`whole_files`); what was skipped is counted (`accounting`); and PREFIX.json says
-what it was made from. One process reads and writes; workers decode, parse and tokenize batches of records, at
-most a few batches ahead, so memory stays flat. Each document is one sequence, ended by the end-of-document
-token.
+what it was made from. A list of token ids in the place of a text is taken as it is. One process reads and
+writes; workers decode, parse and tokenize batches of records, at most a few batches ahead, so memory stays
+flat. Each document is one sequence, ended by the end-of-document token.
 
 Absent on purpose: sentence splitting, several keys a document, packing and splitting (Megatron does both in
 training).
@@ -32,7 +32,7 @@ import numpy as np
 
 from megatron_mtpd.data.accounting import EMPTY, BadRecord, Tally, report
 from megatron_mtpd.data.progress import Progress
-from megatron_mtpd.data.text import Record, TextFiles, parse
+from megatron_mtpd.data.text import Record, TextFiles, parse_text_or_tokens
 from megatron_mtpd.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mtpd.data.whole_files import WholeFiles
 from megatron_mtpd.provenance import versions
@@ -176,15 +176,20 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _encode(tokenizer: Tokenizer, eod: int | None, dtype: type, records: list[Record]) -> Encoded:
-    texts, places, bad = [], [], []
+    found, places, bad = [], [], []
     for record in records:
         try:
-            texts.append(parse(record))
+            found.append(parse_text_or_tokens(record))
             places.append(record.where)
         except BadRecord as error:
             bad.append((record.where, error))
     documents, text_bytes, eod_inside = [], 0, 0
-    for text, where, ids in zip(texts, places, tokenizer.encode(texts), strict=True):
+    encoded = iter(tokenizer.encode([text for text in found if isinstance(text, str)]))
+    for text, where in zip(found, places, strict=True):
+        ids = list(text) if isinstance(text, list) else next(encoded)
+        if isinstance(text, list) and not 0 <= min(text) <= max(text) < tokenizer.vocab_size:
+            bad.append((where, BadRecord("token id outside the vocabulary", f"{tokenizer.vocab_size} tokens")))
+            continue
         if not ids:
             bad.append((where, BadRecord(EMPTY, "the tokenizer leaves nothing of it")))
             continue
@@ -194,7 +199,7 @@ def _encode(tokenizer: Tokenizer, eod: int | None, dtype: type, records: list[Re
         if eod is not None and ids[-1] != eod:
             ids.append(eod)
         documents.append(np.array(ids, dtype=dtype))
-        text_bytes += len(text.encode())
+        text_bytes += len(text.encode()) if isinstance(text, str) else 0
     tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
     return Encoded(tokens, [len(ids) for ids in documents], text_bytes, eod_inside, bad, records[-1].position)
 

@@ -3,7 +3,8 @@
 Two steps, so that the costly one can run in worker processes: `TextFiles.records()` cuts files into records
 of raw bytes, and `parse` makes a record the text of a document or raises `BadRecord` with the reason. The
 text is exactly what the file holds (only a byte order mark at its start is taken off, and the line end that
-ended the record). The order of records is that of the inputs; inside a folder, that of the sorted paths.
+ended the record). A line of JSON may hold token ids in the place of text. The order of records is that of
+the inputs; inside a folder, that of the sorted paths.
 
 Absent on purpose: character sets other than UTF-8, cleaning, deduplication, shuffling.
 """
@@ -47,18 +48,27 @@ class Record(NamedTuple):
 
 def parse(record: Record) -> str:
     """The text of a record. Raises BadRecord: invalid UTF-8 or JSON, no such key, not a string, empty."""
+    text = parse_text_or_tokens(record)
+    if isinstance(text, list):
+        raise BadRecord("text is not a string", f"{record.json_key!r} holds a list")
+    return text
+
+
+def parse_text_or_tokens(record: Record) -> str | list[int]:
+    """The text of a record, or its token ids where the JSON key holds a list of them. Raises BadRecord as `parse`."""
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord("invalid UTF-8", f"byte {record.raw[error.start]:#04x} at offset {error.start}") from None
+    found: str | list[int] = text
     if record.json_key is not None and text and not text.isspace():
-        text = _text_of_json(text, record.json_key)
-    if not text or text.isspace():
+        found = _value_of_json(text, record.json_key)
+    if not found or (isinstance(found, str) and found.isspace()):
         raise BadRecord(EMPTY, "")
-    return text
+    return found
 
 
-def _text_of_json(line: str, key: str) -> str:
+def _value_of_json(line: str, key: str) -> str | list[int]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -68,6 +78,8 @@ def _text_of_json(line: str, key: str) -> str:
     if key not in value:
         raise BadRecord("missing key", f"no {key!r} among {sorted(value)[:8]}")
     text = value[key]
+    if isinstance(text, list) and all(type(i) is int for i in text):  # a bool is no token
+        return text
     if not isinstance(text, str):
         raise BadRecord("text is not a string", f"{key!r} holds a {type(text).__name__}")
     try:

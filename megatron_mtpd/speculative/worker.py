@@ -206,7 +206,7 @@ class Progress:
     0's."""
 
     def __init__(self, run: Run, total: int) -> None:
-        self._name = f"{run} heads" if isinstance(run, int) else "main loss"
+        self._name = f"{run} heads" if isinstance(run, int) else run.replace("_", " ")
         self._total, self._prompts, self._tokens = total, 0, 0
         self._start = self._said = time.monotonic()
         self._speaks = dist.get_rank() == 0

@@ -95,6 +95,23 @@ def test_the_number_of_workers_changes_nothing(sentencepiece_spec, tmp_path, cor
     assert outputs(prefix) == [f"data{n}.{kind}" for n in (1, 3) for kind in ("bin", "idx", "json")]
 
 
+def test_token_ids_are_taken_as_they_are(sentencepiece_spec, tmp_path, prefix):
+    """Also where the tokenizer would cut their text otherwise: that is what they are for."""
+    tokenizer = sentencepiece_spec.load()
+    (whole,) = tokenizer.encode(["def function"])
+    letters = [i for letter in "def" for i in tokenizer.encode([letter])[0]]
+    assert tokenizer.encode([tokenizer.decode(letters)])[0] != letters
+    path = tmp_path / "tokens.jsonl"
+    records = [letters, "def function", [*letters, tokenizer.eod], [tokenizer.vocab_size], [-1], [True], []]
+    path.write_text("".join(json.dumps({"text": record}) + "\n" for record in records))
+    result = make(TextFiles([path]), sentencepiece_spec, prefix, max_bad=3)
+    ended = [[*ids, tokenizer.eod] for ids in (letters, whole, letters)]
+    assert [ids.tolist() for ids in documents(prefix)] == ended
+    assert result["bad"] == {"token id outside the vocabulary": 2, "text is not a string": 1} and result["empty"] == 1
+    with pytest.raises(ValueError, match="token id outside the vocabulary"):
+        make(TextFiles([path]), sentencepiece_spec, prefix + "2", max_bad=2)
+
+
 def test_provenance_is_beside_the_dataset(spec, corpus, sources, prefix):
     result = make(corpus, spec, prefix, max_bad=7)
     assert json.loads(Path(f"{prefix}.json").read_text()) == result

@@ -106,6 +106,7 @@ def test_every_bad_record_is_counted_with_its_reason_and_place(tmp_path: Path):
         b'["text"]': "not a JSON object",
         b'{"content": "x"}': "missing key",
         b'{"text": 3}': "text is not a string",
+        b'{"text": [3]}': "text is not a string",  # token ids are for preprocess alone
         b'{"text": "\\ud800"}': "lone surrogate",
         b'{"text": "\xff"}': "invalid UTF-8",
         b'{"text": ""}': EMPTY,
@@ -118,7 +119,7 @@ def test_every_bad_record_is_counted_with_its_reason_and_place(tmp_path: Path):
     documents, tally = read_leniently(path)
     assert documents == [("good", f"{path}:1")]
     assert tally.records == len(lines)
-    assert (tally.bad_records, tally.empty) == (7, 3)
+    assert (tally.bad_records, tally.empty) == (8, 3)
     assert tally.reasons["invalid JSON"] == 2
     for number, reason in enumerate(lines.values(), 1):
         if reason is not None:
