@@ -23,7 +23,7 @@ test: env ## Run the tests, two at a time, then those on a Slurm cluster (ARGS="
 test-slurm: env ## Run only the tests on a Slurm cluster, which they start here (root; packages: slurm/README.md)
 	$(PYTHON_BIN) -m pytest tests/slurm -m slurm $(ARGS)
 
-test-serving: env ## Run exports in vLLM on the CPU (.venv-vllm, about 4 GB, once; python3.11)
+test-serving: env ## Run exports in vLLM on the CPU (.venv-vllm, 3.4 GB, made once; python3.11)
 	tests/serving/make-env
 	$(PYTHON_BIN) -m pytest tests/serving -m serving $(ARGS)
 

@@ -1,7 +1,7 @@
-"""An export in vLLM on the CPU: its greedy output and its counts of accepted drafts are ours.
+"""An export in vLLM on the CPU: greedy, in fp32, it gives our tokens and accepts the drafts that our decoder accepts.
 
 vLLM pins another torch, so it has an environment of its own, `.venv-vllm`, that `tests/serving/make-env` makes
-(`make test-serving` does both).
+(`make test-serving` does both). All tests share one process of it, since importing it takes as long as a test.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,63 @@ from megatron_mtpd import platform
 platform.setup()
 
 from megatron.core import parallel_state  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_mtpd.checkpoint.hf.exporting import export_hf  # noqa: E402
 from megatron_mtpd.speculative import loading  # noqa: E402
+from megatron_mtpd.speculative.counts import Acceptance  # noqa: E402
 from megatron_mtpd.speculative.decoder import Decoder  # noqa: E402
-from megatron_mtpd.speculative.generate import Request, generate  # noqa: E402
-from tests.unit.checkpoint.hf.models import toy_checkpoint, toy_shape, toy_weight  # noqa: E402
+from tests.unit.checkpoint.hf.greedy import greedy, toy_prompts  # noqa: E402
+from tests.unit.checkpoint.hf.models import toy_checkpoint, toy_shape  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-HEADS, NEW = 4, 40
+HEADS, SECONDS = 4, 600  # an answer takes 10 to 40 on a free core
 
-pytestmark = [
-    pytest.mark.serving,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is not there: tests/serving/make-env makes it"),
-]
+pytestmark = pytest.mark.serving
+
+
+class VLLM:
+    """A process with vLLM that answers one question after the other; see `vllm_client`."""
+
+    def __init__(self, log: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.log, pipe = log, subprocess.PIPE
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [str(PYTHON), str(Path(__file__).with_name("vllm_client.py"))],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+
+    def __call__(self, folder: Path, prompts: list[list[int]], new_tokens: int, heads: int = HEADS) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        question = {"folder": str(folder), "heads": heads, "prompts": prompts, "new_tokens": new_tokens}
+        late = threading.Timer(SECONDS, self.process.kill)
+        late.start()
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            late.cancel()
+        assert line, f"vLLM died, or took more than {SECONDS} s:\n{self.log.read_text()[-4000:]}"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLM]:
+    if not PYTHON.exists():
+        pytest.fail(f"There is no {PYTHON}: `make test-serving` makes it, and then runs these tests.")
+    engine = VLLM(tmp_path_factory.mktemp("vllm") / "log")
+    yield engine
+    engine.process.kill()
+    engine.process.communicate()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,65 +90,50 @@ def one_process() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def prompts(number: int) -> list[list[int]]:
-    random = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 13, (number,), generator=random).tolist()
-    return [torch.randint(0, 96, (length,), generator=random).tolist() for length in lengths]
+def ours(root: Path, prompts: list[list[int]], new_tokens: int, heads: int = HEADS) -> dict[str, Any]:
+    """What vLLM has to answer, by our decoder, the embedding at position 0 zeroed as vLLM does."""
+    model = loading.load(root).model
+    decoder = Decoder(model, heads, len(prompts), 512, vocab_size=96, mask_position_0=True)
+    tokens, accepted = greedy(decoder, prompts, new_tokens)
+    counts = Acceptance.of_heads(heads)
+    for number in chain.from_iterable(accepted):
+        counts.add(heads, number)
+    assert counts.num_accepted_tokens_per_pos[-1] > 0, "no draft of the last head was accepted: nothing to compare"
+    return {
+        "tokens": tokens,
+        "accepted": accepted,
+        "num_drafts": counts.num_drafts,
+        "num_accepted_tokens_per_pos": counts.num_accepted_tokens_per_pos,
+    }
 
 
-def vllm(folder: Path, asked: list[list[int]], heads: int = HEADS) -> list[dict[str, Any]]:
-    client = Path(__file__).with_name("vllm_client.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(PYTHON), str(client), str(folder), str(heads), str(NEW)],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def ours(root: Path, asked: list[list[int]], heads: int = HEADS) -> list[dict[str, Any]]:
-    """By our decoder, one prompt at a time, the embedding at position 0 zeroed as vLLM does."""
-    decoder = Decoder(loading.load(root).model, heads, 1, 256, vocab_size=96, mask_position_0=True)
-    found = []
-    for prompt in asked:
-        (done,) = generate(decoder, [Request(0, prompt, NEW)])
-        counts = done.acceptance
-        accepted = counts.num_accepted_tokens_per_pos
-        found.append({"tokens": done.tokens, "num_drafts": counts.num_drafts, "num_accepted_tokens_per_pos": accepted})
-    return found
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_vllm_gives_our_tokens_and_accepts_our_drafts(tied: bool, tmp_path: Path) -> None:
-    toy_checkpoint(tmp_path / "ours", toy_shape(HEADS, tied=tied))
+@pytest.mark.parametrize(
+    ("tied", "held", "used", "number", "new_tokens"),
+    [(False, 4, 4, 50, 32), (True, 4, 4, 50, 32), (False, 4, 2, 10, 24), (False, 1, 1, 10, 24), (True, 16, 16, 8, 48)],
+    ids=["untied", "tied", "two-of-four-heads", "one-head", "sixteen-heads"],
+)
+def test_vllm_gives_our_tokens_and_accepts_our_drafts(
+    vllm: VLLM, tied: bool, held: int, used: int, number: int, new_tokens: int, tmp_path: Path
+) -> None:
+    toy_checkpoint(tmp_path / "ours", toy_shape(held, tied=tied))
     export_hf(tmp_path / "ours", tmp_path / "out", "deepseek-v3")
-    asked = prompts(10 if tied else 50)
-    expected = ours(tmp_path / "ours", asked)
-    assert vllm(tmp_path / "out", asked) == expected
-    total = [sum(counts) for counts in zip(*(e["num_accepted_tokens_per_pos"] for e in expected), strict=True)]
-    assert total[-1] > 0, "no draft of the last head was accepted: there is nothing to compare"
+    prompts = toy_prompts(number, held)
+    expected = ours(tmp_path / "ours", prompts, new_tokens, used)
+    assert vllm(tmp_path / "out", prompts, new_tokens, used) == expected
 
 
 @pytest.mark.parametrize("broken", range(HEADS))
-def test_a_broken_head_shows_at_its_own_position_and_behind(broken: int, tmp_path: Path) -> None:
+def test_a_broken_head_shows_at_its_own_position_and_behind(vllm: VLLM, broken: int, tmp_path: Path) -> None:
     """So every head is used where it belongs. The output stays what it was."""
-    from safetensors.torch import load_file, save_file
-
     shape = toy_shape(HEADS)
     toy_checkpoint(tmp_path / "ours", shape)
     export_hf(tmp_path / "ours", tmp_path / "out", "deepseek-v3")
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
-    name = f"model.layers.{shape.num_layers + broken}.shared_head.norm.weight"
-    tensors[name] = -toy_weight(f"mtp.layers.{broken}.final_layernorm.weight", shape)  # it prefers what it avoided
+    tensors[f"model.layers.{shape.num_layers + broken}.shared_head.norm.weight"] *= -1  # it prefers what it avoided
     save_file(tensors, file, metadata={"format": "pt"})
-    asked = prompts(6)
-    whole, found = ours(tmp_path / "ours", asked), vllm(tmp_path / "out", asked)
-    assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in whole]
-    totals = [sum(counts) for counts in zip(*(a["num_accepted_tokens_per_pos"] for a in found), strict=True)]
-    assert all(totals[:broken]) and not any(totals[broken:])
+    prompts = toy_prompts(10, HEADS)
+    whole, found = ours(tmp_path / "ours", prompts, 24), vllm(tmp_path / "out", prompts, 24)
+    assert found["tokens"] == whole["tokens"]
+    accepted = found["num_accepted_tokens_per_pos"]
+    assert all(accepted[:broken]) and not any(accepted[broken:])

@@ -1,11 +1,13 @@
-"""Greedy continuations by vLLM on the CPU, with and without an export's heads; run by the Python that has vLLM.
+"""Greedy continuations by vLLM on the CPU with an export's heads; run by the Python that has vLLM.
 
-    python vllm_client.py FOLDER HEADS NEW_TOKENS < prompts.json > answer.json
+    python vllm_client.py < questions > answers
 
-Prompts are lists of token ids. For each, one after the other, the answer holds its tokens and vLLM's counts:
-`num_drafts` and `num_accepted_tokens_per_pos`.
+A question is a line of JSON: `folder`, `heads` (draft tokens a step), `prompts` (lists of token ids), `new_tokens`. The
+prompts run as one batch, in an engine of their own. Its answer is a line too: of each prompt its `tokens`, and how many
+drafts each of its steps `accepted`; and vLLM's counters over all, `num_drafts` and `num_accepted_tokens_per_pos`.
 """
 
+import gc
 import json
 import os
 import sys
@@ -62,22 +64,9 @@ def use_triton_on_cpu() -> None:
     triton.runtime.driver.set_active(Driver())
 
 
-def counts(llm: object) -> tuple[int, list[int]]:
-    drafts, per_pos = 0, []
-    for metric in llm.get_metrics():
-        if metric.name == "vllm:spec_decode_num_drafts":
-            drafts = metric.value
-        elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
-            per_pos = list(metric.values)
-    return drafts, per_pos
-
-
-def main() -> None:
-    folder, heads, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    prompts = json.load(sys.stdin)
-    answer_file, sys.stdout = sys.stdout, sys.stderr  # whatever vLLM prints is no part of the answer
-    use_triton_on_cpu()
+def answer(folder: str, heads: int, prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
         folder,
@@ -86,21 +75,34 @@ def main() -> None:
         dtype="float32",
         gpu_memory_utilization=0.1,
         max_model_len=256,
+        max_num_seqs=len(prompts),
         disable_log_stats=False,
+        per_request_spec_decode_metrics="detailed",
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
-        speculative_config={"method": "mtp", "num_speculative_tokens": heads} if heads else None,
+        speculative_config={"method": "mtp", "num_speculative_tokens": heads},
     )
     settings = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    found, before = [], (0, [0] * heads)
-    for prompt in prompts:
-        (output,) = llm.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)
-        after = counts(llm)
-        accepted = [a - b for a, b in zip(after[1] or [0] * heads, before[1], strict=True)]
-        tokens = list(output.outputs[0].token_ids)
-        found.append({"tokens": tokens, "num_drafts": after[0] - before[0], "num_accepted_tokens_per_pos": accepted})
-        before = (after[0], after[1] or [0] * heads)
-    json.dump(found, answer_file)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [output.outputs[0] for output in llm.generate(asked, settings, use_tqdm=False)]
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    found = {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "accepted": [output.spec_decode_metrics.per_step_accepted for output in outputs],
+        "num_drafts": counters["vllm:spec_decode_num_drafts"].value,
+        "num_accepted_tokens_per_pos": counters["vllm:spec_decode_num_accepted_tokens_per_pos"].values,
+    }
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever vLLM prints is no part of an answer
+    use_triton_on_cpu()
+    for line in sys.stdin:
+        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
