@@ -1,0 +1,266 @@
+"""Retrofit: a real model that has no multi-token prediction heads gets four, and is served faster with them.
+
+SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four random heads. Its trunk stays frozen, so
+that it says what it said before, whatever the heads are worth. The heads are trained on Python's standard library and
+on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured, greedily, on prompts
+that nothing was trained on. MTP-D's are exported for transformers and vLLM with the measured acceptance in the model
+card, and timed against transformers' plain decoding. `--further` adds the LK objective, a start from copies of the
+trunk's last layer, and MTP-D's heads copied to 8 and 16. RESULTS.md says what came of it.
+
+Two cores take half an hour, and as long again with `--further`; what is done is not done again, so that it can be
+stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000 --prompts 150
+--new-steps 1000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import packages
+import report
+from toy import PLAIN_MTP, ROOT, train
+
+from megatron_mtpd.checkpoint.iterations import read_tracker
+from megatron_mtpd.data.tokenizers import HuggingFaceTokenizer
+from megatron_mtpd.speculative.chat import user_turn
+
+HEADS, SEQ_LENGTH, LONGEST = 4, 256, 1024
+NEW_TOKENS = 64
+CORES = len(os.sched_getaffinity(0))
+# glibc gives large blocks back to the system at once, whose pages are then zeroed again and again: half the time.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checkpoint with heads: trained from an import, or (`source`) copied from another stage or trained on."""
+
+    name: str
+    title: str
+    init: str = "random"
+    flags: tuple[str, ...] = ()
+    heads: int = HEADS
+    source: str | None = None
+    trains: bool = True
+
+
+COMPARED = (Stage("mtp", "plain MTP", flags=tuple(PLAIN_MTP)), Stage("mtpd", "MTP-D"))
+FURTHER = (
+    Stage("lk", "LK", flags=("--mtpd-objective", "lk")),
+    Stage("mtpd-last-layer", "MTP-D from the last layer", init="last-layer"),
+)
+LOOPED = (
+    Stage("8-copied", "MTP-D, copied to 8", heads=8, source="mtpd", trains=False),
+    Stage("16-copied", "MTP-D, copied to 16", heads=16, source="8-copied", trains=False),
+    Stage("8", "MTP-D, 8 heads", flags=("--mtpd-train", "new-heads"), heads=8, source="8-copied"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="example: python examples/retrofit_smollm2/run.py --steps 100 --questions 100",
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=200, help="of each variant's training [%(default)s]")
+    add("--further", action="store_true", help="also LK, a start from the last layer, and heads copied to 8 and 16")
+    add("--new-steps", type=int, default=0, help="of training heads 5 to 8, then; 0: copies alone [%(default)s]")
+    add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
+    add("--lr", type=float, default=2e-3, help="[%(default)s]")
+    add("--questions", type=int, default=160, help="that the model asks itself, and answers [%(default)s]")
+    add("--prompts", type=int, default=48, help="of each of the two benchmarks [%(default)s]")
+    add("--at-once", type=int, default=min(2, CORES), help="trainings at a time [%(default)s]")
+    add("--seed", type=int, default=1234, help="[%(default)s]")
+    add("--output", type=Path, default=ROOT / "runs" / "retrofit_smollm2", metavar="DIR", help="[%(default)s]")
+    add("--model", type=Path, metavar="PATH", help="another instruct model, as convert_hf.py takes it")
+    options = parser.parse_args()
+    least = {"steps": 2, "new_steps": 0, "batch": 1, "questions": 50, "prompts": 1}  # some questions are validated on
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {value}.")
+    Retrofit(options, options.output.resolve()).run()
+
+
+class Retrofit:
+    """The stages, each of which leaves a file that says that it is done."""
+
+    def __init__(self, options: argparse.Namespace, out: Path) -> None:
+        self.options, self.out = options, out
+        os.environ.update(KEEP_MEMORY)
+        kept = ("steps", "batch", "lr", "questions", "prompts", "seed")
+        keep_settings(out, {name: getattr(options, name) for name in kept})
+        self.packages = out / "packages"
+        self.packages.mkdir(exist_ok=True)
+
+    def run(self) -> None:
+        for stage in (*COMPARED, *(FURTHER if self.options.further else ())):
+            self.import_model(stage.init)
+        self.turn = user_turn(HuggingFaceTokenizer(str(self.tokenizer())))
+        self.prompts = packages.write_prompts(self.packages, self.turn, self.options.prompts)
+        self.data = [1, self.real_text(), 1, self.own_text()]
+        self.train(COMPARED, self.options.steps)
+        for stage in COMPARED:
+            self.measure(stage)
+        exported = {form: self.export("mtpd", form) for form in ("transformers", "deepseek-v3")}
+        self.measure_speed("mtpd", exported["transformers"])
+        stages = [*COMPARED, *(self.further() if self.options.further else ())]
+        folders = [(stage, self.folder(stage.name)) for stage in stages]
+        print(report.write(folders, self.out, vars(self.options)))
+        print(f"\nServed by vLLM:\n{report.vllm_command(exported['deepseek-v3'])}")
+
+    def further(self) -> list[Stage]:
+        """What is not needed for the comparison of plain MTP and MTP-D."""
+        self.train(FURTHER, self.options.steps)
+        looped = LOOPED if self.options.new_steps else LOOPED[:-1]
+        for stage in looped:
+            self.train([stage], self.options.new_steps) if stage.trains else self.extend(stage)
+        for stage in (*FURTHER, *looped):
+            self.measure(stage)
+        return [*FURTHER, *looped]
+
+    def imported(self, init: str) -> Path:
+        return self.out / "imported" / init
+
+    def folder(self, stage: str) -> Path:
+        return self.out / "stages" / stage
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.folder(stage) / "checkpoints"
+
+    # What everything starts from -----------------------------------------------------------------------------------
+
+    def import_model(self, init: str) -> None:
+        save = self.imported(init)
+        if read_tracker(save) is None:
+            source = self.options.model or packages.model(self.packages)
+            words = ["import", "--hf", source, "--save", save, "--num-heads", HEADS, "--init", init, "--dtype", "bf16"]
+            tool("convert_hf.py", *words, "--max-position-embeddings", LONGEST)
+
+    def real_text(self) -> Path:
+        return self.tokenized("stdlib", "--input", "python-stdlib")
+
+    def own_text(self) -> Path:
+        folder, model = self.out / "generated", self.imported("random")
+        if not (folder / "generated.jsonl").exists():
+            words = ["--load", model, "--output", folder, "--questions", self.options.questions, "--batch-size", 64]
+            words += ["--max-new-tokens", 192, "--temperature", 0.6, "--seed", self.options.seed]
+            tool("generate_data.py", *words, ranks=CORES)
+        return self.tokenized("own", "--input", folder / "generated.jsonl", "--json-key", "tokens")
+
+    def tokenized(self, name: str, *words: object) -> Path:
+        prefix = self.out / "data" / name
+        if not prefix.with_suffix(".idx").exists():
+            tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer()]
+            tool("preprocess_data.py", *words, *tokenizer, "--output-prefix", prefix, "--workers", CORES, "--force")
+        return prefix
+
+    def tokenizer(self) -> Path:
+        return self.imported("random") / "hf"
+
+    # Stages --------------------------------------------------------------------------------------------------------
+
+    def train(self, stages: Sequence[Stage], steps: int) -> None:
+        commands = {s.name: self.command(s, steps) for s in stages if read_tracker(self.checkpoints(s.name)) != steps}
+        if commands:
+            print(f"\nTraining {', '.join(commands)}: {steps} steps", flush=True)
+            train(commands, self.out / "logs", steps, min(self.options.at_once, len(commands)))
+
+    def command(self, stage: Stage, steps: int) -> list[str]:
+        """The training of a stage, from what it saved before it was interrupted, its source, or the import."""
+        own, options = self.checkpoints(stage.name), self.options
+        start = self.checkpoints(stage.source) if stage.source else self.imported(stage.init)
+        lines = (self.imported(stage.init) / "model.args").read_text().splitlines()
+        command = [ROOT / "tools" / "pretrain_mtpd.py", *" ".join(x for x in lines if x[0] != "#").split()]
+        command += ["--mtp-num-layers", stage.heads, "--mtpd-train", "heads", *stage.flags]
+        command += ["--load", start if read_tracker(own) is None else own, "--save", own]
+        command += ["--save-interval", max(1, steps // 2), "--no-initialization", "--ckpt-format", "torch_dist"]
+        command += ["--data-path", *self.data, "--split", "95,5,0", "--data-cache-path", self.out / "data" / "index"]
+        command += ["--seq-length", SEQ_LENGTH, "--num-workers", 0, "--no-create-attention-mask-in-dataloader"]
+        command += ["--train-iters", steps, "--micro-batch-size", options.batch, "--global-batch-size", options.batch]
+        command += ["--lr", options.lr, "--min-lr", options.lr / 20, "--lr-decay-style", "cosine"]
+        command += ["--lr-warmup-iters", max(1, steps // 20), "--weight-decay", 0, "--adam-beta2", 0.95]
+        command += ["--clip-grad", 1.0, "--seed", options.seed, "--log-interval", 10]
+        command += ["--eval-interval", steps, "--eval-iters", max(2, min(16, steps // 10))]
+        command += ["--tensorboard-dir", self.folder(stage.name) / "tensorboard", "--tensorboard-log-interval", 1]
+        return [str(word) for word in command]
+
+    def extend(self, stage: Stage) -> None:
+        save = self.checkpoints(stage.name)
+        if read_tracker(save) is None:
+            assert stage.source is not None
+            words = ["--load", self.checkpoints(stage.source), "--save", save, "--num-heads", stage.heads]
+            tool("loop_extend.py", *words)
+
+    def measure(self, stage: Stage) -> None:
+        """Acceptance with all heads, and the main head's loss; all cores, and no claim on speed."""
+        results = self.folder(stage.name) / "acceptance"
+        if not done(results / "acceptance.json"):
+            self.benchmark(stage.name, results, self.prompts, [stage.heads], "--batch-size", 16, ranks=CORES)
+
+    def benchmark(
+        self, stage: str, results: Path, prompts: list[Path], heads: Iterable[int], *words: object, ranks: int = 1
+    ) -> None:
+        words = ("--load", self.checkpoints(stage), "--prompts", *prompts, "--output", results, *words)
+        words = (*words, "--num-heads", *heads, "--max-new-tokens", NEW_TOKENS, "--max-prompt-tokens", 512)
+        tool("benchmark_acceptance.py", *words, "--ignore-eod", ranks=ranks)
+
+    def export(self, stage: str, form: str) -> Path:
+        """The folder that transformers or vLLM reads."""
+        save = self.out / "exported" / form
+        if not (save / "config.json").exists():
+            acceptance = self.folder(stage) / "acceptance" / "acceptance.json"
+            words = ["export", "--load", self.checkpoints(stage), "--save", save, "--format", form]
+            tool("convert_hf.py", *words, "--hf", self.tokenizer(), "--acceptance", acceptance, "--force")
+        return save
+
+    def measure_speed(self, stage: str, exported: Path) -> None:
+        """One sequence at a time with all cores: what one reader sees, ours and transformers'."""
+        results, few = (
+            self.out / "speed",
+            packages.write_prompts(self.packages, self.turn, min(6, self.options.prompts)),
+        )
+        if not done(results / "acceptance.json"):
+            self.benchmark(stage, results, few, range(1, HEADS + 1), "--batch-size", 1)
+        if not (results / "transformers.json").exists():
+            words = ("--model", exported, "--results", results, "--new-tokens", NEW_TOKENS, "--prompts", *few)
+            call([Path(__file__).with_name("transformers_speed.py"), *words], CORES)
+
+
+def keep_settings(out: Path, settings: dict) -> None:
+    """Stages of other settings must not be taken for those of this run."""
+    path = out / "settings.json"
+    if path.exists() and (found := json.loads(path.read_text())) != settings:
+        sys.exit(f"{out} was made with other options ({found}): name another --output, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
+def done(acceptance: Path) -> bool:
+    return acceptance.exists() and json.loads(acceptance.read_text())["complete"]
+
+
+def tool(name: str, *words: object, ranks: int = 1) -> None:
+    """Run a tool as a user would: with all cores for one process, or a core for each of some ranks."""
+    many = ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks > 1 else []
+    call([*many, ROOT / "tools" / name, *words], max(1, CORES // ranks))
+
+
+def call(words: Sequence[object], threads: int) -> None:
+    command = [str(word) for word in words]
+    print("\n$ python " + " ".join(os.path.relpath(w) if w.startswith("/") else w for w in command), flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    if subprocess.run([sys.executable, *command], env=environment, check=False).returncode:
+        sys.exit("That failed; run the same again to go on from here.")
+
+
+if __name__ == "__main__":
+    main()
