@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     print(f"{options['save']}: {done.architecture.class_name}, {done.shape.num_heads} heads, {done.shape.dtype}")
+    for note in done.notes:
+        print(f"note: {note}")
     return 0
 
 

@@ -195,7 +195,7 @@ def _encode(tokenizer: Tokenizer, eod: int | None, dtype: type, records: list[Re
             continue
         if max(ids) >= tokenizer.vocab_size:
             raise ValueError(f"{where}: {tokenizer.model} gave id {max(ids)}, its size is {tokenizer.vocab_size}")
-        eod_inside += tokenizer.eod in ids[:-1]
+        eod_inside += isinstance(text, str) and tokenizer.eod in ids[:-1]
         if eod is not None and ids[-1] != eod:
             ids.append(eod)
         documents.append(np.array(ids, dtype=dtype))

@@ -20,6 +20,8 @@ class UserTurn(NamedTuple):
 
     before: str
     behind: str
+    end: int | None = None
+    """The token that ends the user's words, where the template has one for that; else they end as a document does."""
 
     def around(self, words: str) -> str:
         """The prompt that asks for an answer to `words`."""
@@ -41,4 +43,6 @@ def user_turn(tokenizer: Tokenizer) -> UserTurn:
         text = text.removeprefix(theirs.bos_token)  # the tokenizer adds it to every text
     if text.count(_WORDS) != 1:
         raise ValueError(f"{tokenizer.model}: its chat template does not repeat what the user says once and as it is.")
-    return UserTurn(*text.split(_WORDS))
+    before, behind = text.split(_WORDS)
+    first = (theirs.encode(behind.lstrip(), add_special_tokens=False) or [None])[0]
+    return UserTurn(before, behind, first if first in theirs.added_tokens_decoder else None)

@@ -83,7 +83,8 @@ def run(options: Options) -> dict[str, Any] | None:
 
     A line of the JSONL: `tokens`, the document's ids; `text`, the same for people; `prompt_tokens`, how many of these,
     from the first, were given and not generated; `ended`, whether the model ended it. Every rank of the job calls it.
-    Raises ValueError or CheckpointError before anything is generated or written.
+    Raises ValueError or CheckpointError before anything is generated or written, and ValueError where no document came
+    of it.
     """
     prompts = [prompt for prompt in read_prompts(options.prompts) for _ in range(options.samples)]
     loading.start_distributed(options.tensor_parallel)
@@ -93,12 +94,13 @@ def run(options: Options) -> dict[str, Any] | None:
     tokenizer = _tokenizer(loaded, options)
     turn = user_turn(tokenizer) if options.questions or options.chat else None
     writer = Writer(options, loaded, tokenizer, turn, prompts)
-    settings = _settings(options, loaded, prompts)
+    settings = _settings(options, loaded, tokenizer, turn, prompts)
     results = Results(options.output, settings, dist.get_rank())
     writer.run(results)
     results.close()
     dist.barrier(group=everyone)
-    return None if dist.get_rank() else _finish(options, tokenizer, settings, results)
+    number = len(prompts) + options.questions
+    return None if dist.get_rank() else _finish(options, number, tokenizer, settings, results)
 
 
 def _tokenizer(loaded: loading.Loaded, options: Options) -> Tokenizer:
@@ -108,10 +110,14 @@ def _tokenizer(loaded: loading.Loaded, options: Options) -> Tokenizer:
     return load_tokenizer(kind, options.tokenizer_model or str(loaded.args.tokenizer_model))
 
 
-def _settings(options: Options, loaded: loading.Loaded, prompts: list[Prompt]) -> dict[str, Any]:
+def _settings(
+    options: Options, loaded: loading.Loaded, tokenizer: Tokenizer, turn: UserTurn | None, prompts: list[Prompt]
+) -> dict[str, Any]:
     """What decides the text of each document."""
     return {
         "checkpoint": str(loaded.directory.resolve()),
+        "tokenizer": tokenizer.sha256(),
+        "turn": turn and list(turn),
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "chat": options.chat,
         "num_heads": options.num_heads,
@@ -141,6 +147,16 @@ class Writer:
         self.first = tokenizer.encode([""])[0]
         """What the tokenizer puts before every text: usually nothing, or a token for the beginning."""
         self.before = self.first + (self._encode(turn.before) if turn else [])
+        self.question_end = tokenizer.eod if turn is None or turn.end is None else turn.end
+        if options.num_heads > loaded.num_heads:
+            raise ValueError(
+                f"--num-heads {options.num_heads}: the model has {loaded.num_heads} heads; give at most that many."
+            )
+        if options.questions and not self.before:
+            raise ValueError(
+                f"--questions {options.questions}: the chat template of {tokenizer.model} has nothing before the "
+                "user's words to start a question with. Give --prompts."
+            )
         longest, new = loaded.args.max_position_embeddings, options.max_new_tokens
         self.longest_prompt = longest - new
         answered = len(self.before) + new + len(self._encode(turn.behind)) if options.questions and turn else 1
@@ -197,7 +213,7 @@ class Writer:
     def _asked(self, question: list[int]) -> list[int]:
         """Token ids up to where the answer begins. Raises ValueError for what is no whole question."""
         assert self.turn is not None
-        if question[-1] != self.tokenizer.eod or len(question) == 1:
+        if question[-1] != self.question_end or len(question) == 1:
             raise ValueError("the question is empty" if len(question) == 1 else "the question has no end")
         return self.before + question[:-1] + self._encode(self.turn.behind)
 
@@ -213,14 +229,19 @@ class Writer:
         is_last = run == DOCUMENTS
         requests = (Request(2 * i + is_last, ids, options.max_new_tokens) for i, ids in starts.items())
         with Progress(run, len(starts)) as advance:
-            for done in generate(decoder, requests, self.tokenizer.eod, options.seed):
+            for done in generate(decoder, requests, self.tokenizer.eod if is_last else self.question_end, options.seed):
                 yield done.key // 2, done.tokens
                 advance(len(done.tokens))
 
 
-def _finish(options: Options, tokenizer: Tokenizer, settings: dict[str, Any], results: Results) -> dict[str, Any]:
-    """Write the JSONL, in the order of the documents, and what it holds."""
-    lines = [line for line in results.lines() if line["run"] == DOCUMENTS]
+def _finish(
+    options: Options, number: int, tokenizer: Tokenizer, settings: dict[str, Any], results: Results
+) -> dict[str, Any]:
+    """Write the JSONL, the first `number` documents in order, and what it holds."""
+    lines = [line for line in results.lines() if line["run"] == DOCUMENTS and line["prompt"] < number]
+    if all("error" in line for line in lines):
+        reasons = sorted({line["error"] for line in lines})
+        raise ValueError(f"Not one of {number} documents has text: {'; '.join(reasons[:3])}.")
     counts = dict.fromkeys(("documents", "tokens", "generated_tokens", "left_out"), 0)
     with written_whole(options.output / TEXTS) as file:
         for line in sorted(lines, key=lambda line: line["prompt"]):

@@ -24,6 +24,7 @@ from megatron_mtpd.checkpoint.integrity import _Window
 from megatron_mtpd.checkpoint.metadata import Payload
 
 _PREFIX = b"archive/"
+_HEADER_SIGNATURE = b"PK\3\4"
 _HEADER = struct.Struct("<4s5H3L2H")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
@@ -47,7 +48,7 @@ def write_archive(file: IO[bytes], rows: Tensor, size: tuple[int, ...], crc: int
     for short, data, found in [*records, ("data/0", _bytes(rows), crc)]:
         name = f"archive/{short}".encode()
         sizes = found, len(data), len(data), len(name)
-        header = _HEADER.pack(b"PK\3\4", *_KIND, *sizes, 0) + name
+        header = _HEADER.pack(_HEADER_SIGNATURE, *_KIND, *sizes, 0) + name
         directory += _ENTRY.pack(b"PK\1\2", _KIND[0], *_KIND, *sizes, 0, 0, 0, 0, 0, offset) + name
         file.write(header)
         file.write(data)
@@ -82,18 +83,26 @@ def place_of(path: Path, payload: Payload, nbytes: int) -> int | None:
     """Where in a file the `nbytes` bytes of the tensor in an archive begin; None where they are not simply there,
     one row after the other.
 
-    Raises what zipfile raises for a damaged archive, or pickle.UnpicklingError.
+    Raises what zipfile raises for a damaged archive, zipfile.BadZipFile where its records and its directory differ, or
+    pickle.UnpicklingError.
     """
     with path.open("rb") as file, zipfile.ZipFile(_Window(file.fileno(), payload)) as archive:  # type: ignore[arg-type]
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         record = records.get("data/0")
-        if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size != nbytes:
+        if (
+            record is None
+            or "data.pkl" not in records
+            or record.compress_type != zipfile.ZIP_STORED
+            or record.file_size != nbytes
+        ):
             return None
         found = pickles.loads(archive.read(records["data.pkl"]), ("torch",))
-        _, first, size, strides = getattr(found, "arguments", (None, None, None, None))[:4]
+        _, first, size, strides = (*getattr(found, "arguments", ()), None, None, None, None)[:4]
         if first != 0 or tuple(strides or ()) != torch.empty(tuple(size or ()), device="meta").stride():
             return None
         file.seek(payload.offset + record.header_offset)
         header = file.read(_HEADER.size)
-        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return payload.offset + record.header_offset + _HEADER.size + lengths
+        signature, *_, name_length, extra_length = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
+        if signature != _HEADER_SIGNATURE or file.read(name_length) != record.orig_filename.encode():
+            raise zipfile.BadZipFile(f"the header of {record.orig_filename} is not what the directory says")
+        return payload.offset + record.header_offset + _HEADER.size + name_length + extra_length

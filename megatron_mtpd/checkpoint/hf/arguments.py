@@ -80,7 +80,8 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
         raise CheckpointError(
             f"{where} holds a model of --hybrid-layer-pattern {args.get('hybrid_layer_pattern')!r}: only dense "
             "transformers can be converted, whose layers and heads all are '*-', and those of DeepSeek-V3, '+-' before "
-            "'+E' with heads '+E'."
+            "'+E' with heads '+E'. A checkpoint of Megatron's GPTModel has no pattern: load it into training, and what "
+            "is saved then has one."
         )
     needed = {
         "normalization": ("RMSNorm", "--normalization"),

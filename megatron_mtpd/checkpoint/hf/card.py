@@ -6,6 +6,7 @@ looks for them where the model class says, and no class of an ordinary dense mod
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_mtpd.checkpoint.hf.architectures.architecture import Architecture
@@ -44,8 +45,7 @@ print(tokenizer.decode(model.generate(**inputs, use_mtp=True, do_sample=False, m
 ```
 
 A prompt of fewer tokens than there are heads raises an error there (5.23). Without `trust_remote_code=True` it is the
-main model alone, an ordinary {class_name}. vLLM and SGLang do not find heads here: export with `--format deepseek-v3`
-or `--format mimo` for them.
+main model alone, an ordinary {class_name}. {others}
 """,
     DEEPSEEK.name: """\
 vLLM >= 0.32, with its V2 model runner. The older one uses head 1 at every depth, without an error: the output
@@ -85,7 +85,12 @@ def files(
     code = _CODE.format(base=architecture.class_name, name=CLASS)
     lines = len(code.splitlines())
     use = _USE[form.name].format(
-        name=name, class_name=architecture.class_name, heads=shape.num_heads, code=CODE, lines=lines
+        name=name,
+        class_name=architecture.class_name,
+        heads=shape.num_heads,
+        code=CODE,
+        lines=lines,
+        others=_others(architecture, shape),
     )
     heads = f" with {shape.num_heads} multi-token prediction heads" if shape.num_heads else ""
     text = [
@@ -109,6 +114,20 @@ def files(
     ]
     code_files = {f"{CODE}.py": code} if form is TRANSFORMERS else {}
     return {"README.md": "\n".join(text) + "\n", **code_files}
+
+
+def _others(architecture: Architecture, shape: Shape) -> str:
+    """What vLLM and SGLang make of a folder in the format of transformers."""
+    if architecture.copied:
+        return (
+            "vLLM and SGLang know this format, with the heads. vLLM runs more than one as trained with "
+            "`VLLM_USE_V2_MODEL_RUNNER=1` alone; neither engine was run with it by this project."
+        )
+    able = [f"`--format {DEEPSEEK.name}`"] if not DEEPSEEK.refuse(shape) else []
+    if not MIMO.refuse(replace(shape, num_heads=1)):
+        able.append(f"`--format {MIMO.name}{' --num-heads 1' if shape.num_heads > 1 else ''}`")
+    remedy = f"export with {' or '.join(able)} for them" if able else "no format of theirs can hold this model's"
+    return f"vLLM and SGLang do not find heads here: {remedy}."
 
 
 def auto_map() -> dict[str, str]:

@@ -32,7 +32,7 @@ from megatron_mtpd.checkpoint.hf.folder import (
     write_json,
     write_weights,
 )
-from megatron_mtpd.checkpoint.hf.formats import FORMATS, TRANSFORMERS, TRUNK, Format
+from megatron_mtpd.checkpoint.hf.formats import EMBEDDING, FORMATS, TRANSFORMERS, TRUNK, Format
 from megatron_mtpd.checkpoint.hf.importing import DTYPES
 from megatron_mtpd.checkpoint.hf.layouts import Layout, prefixed
 from megatron_mtpd.checkpoint.hf.shape import Shape
@@ -55,6 +55,16 @@ class Export:
     config: dict[str, Any]
     companions: Path | None
     acceptance: dict[str, Any] | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the result has to know."""
+        if self.companions:
+            return ()
+        return (
+            "It has no tokenizer, and a config.json without token ids: the checkpoint names no folder that is there. "
+            "--hf gives one.",
+        )
 
     def pairs(self) -> Iterator[tuple[str, Layout]]:
         """Our key and the layout of theirs, of everything that is written."""
@@ -155,15 +165,15 @@ def plan(
                 f"{directory} has {key} as {tensor.dtype}, and no scales that an export could read. Megatron saves FP8 "
                 "parameters as bf16: load the checkpoint where it was written, save it again, and export that."
             )
+    if EMBEDDING not in source.tensors:
+        raise CheckpointError(f"{directory} has no tensor {EMBEDDING}, which a model of its arguments has.")
     args = read_common_state(source).args
     chosen = FORMATS[format]
     heads = source.num_heads if num_heads is None else num_heads
     if not 0 <= heads <= source.num_heads:
         raise ValueError(f"--num-heads {heads}: the checkpoint has {source.num_heads} heads.")
-    stored = next((t.dtype for key, t in source.tensors.items() if key == "embedding.word_embeddings.weight"), None)
-    shape = shape_of(
-        args, 0 if chosen is TRUNK else heads, DTYPES[dtype] if dtype else stored or "float32", str(directory)
-    )
+    kept = DTYPES[dtype] if dtype else source.tensors[EMBEDDING].dtype
+    shape = shape_of(args, 0 if chosen is TRUNK else heads, kept, str(directory))
     folder = _folder(hf, args)
     config = read_json(folder / CONFIG) if folder and (folder / CONFIG).exists() else {}
     rows = vocab_size or config.get("vocab_size") or args.get("vocab_size")
@@ -172,7 +182,7 @@ def plan(
             f"--vocab-size is missing: {directory} says that its embedding has {shape.padded_vocab_size} rows with "
             "padding, not how many are tokens. Give the number of the tokenizer's tokens."
         )
-    padded = source.tensors["embedding.word_embeddings.weight"].shape[0]
+    padded = source.tensors[EMBEDDING].shape[0]
     if rows > padded:
         raise ValueError(f"--vocab-size {rows}: the checkpoint's embedding has {padded} rows.")
     shape = replace(shape, vocab_size=rows, padded_vocab_size=padded)

@@ -17,7 +17,16 @@ from typing import Any
 
 from megatron_mtpd.checkpoint.files import sync
 from megatron_mtpd.checkpoint.hf import fp8
-from megatron_mtpd.checkpoint.hf.stored import DTYPES, Stored, ahead, read_exactly, read_header, write_exactly
+from megatron_mtpd.checkpoint.hf.stored import (
+    DTYPES,
+    FP8,
+    READ,
+    Stored,
+    ahead,
+    read_exactly,
+    read_header,
+    write_exactly,
+)
 from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
 
 CONFIG = "config.json"
@@ -44,10 +53,12 @@ class Folder:
     @cached_property
     def names(self) -> dict[str, str]:
         """The file that holds each tensor."""
-        if (self.path / INDEX).exists():
-            found = read_json(self.path / INDEX).get("weight_map", {})
-        elif (self.path / SINGLE).exists():
+        if (self.path / SINGLE).exists():  # before an index, which a folder that was saved again may have kept
             found = dict.fromkeys(self._header(SINGLE), SINGLE)
+        elif (self.path / INDEX).exists():
+            found = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(found, dict):
+                raise ValueError(f"{self.path / INDEX} has no weight_map of names and files: download it again.")
         else:
             raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}: give a folder with safetensors weights.")
         missing = sorted({file for file in found.values() if not (self.path / file).exists()})
@@ -77,13 +88,31 @@ class Folder:
             return
         import torch
 
+        self.check_readable(name)
         rows = torch.empty(out.shape, dtype=getattr(torch, stored.dtype))
         self._bytes(stored, first * out.shape[1], rows)
-        if rows.dtype == torch.float8_e4m3fn:
-            if self.block_size is None:
-                raise ValueError(f"{self.path}: {name} is fp8, and config.json has no quantization_config.")
+        if stored.dtype == FP8:
+            assert self.block_size is not None
             rows = fp8.dequantised(rows, first, self._scale(name + fp8.SCALE), self.block_size)
         out.copy_(rows)
+
+    def check_readable(self, name: str) -> None:
+        """Raises ValueError where `read` could not make numbers of a tensor: its dtype is unknown, or its scales are
+        missing or of another size."""
+        stored = self._of(name)
+        if stored.dtype not in READ:
+            raise ValueError(
+                f"{stored.path}: {name} is {stored.dtype}, and only {', '.join(sorted(READ))} can be read."
+            )
+        if stored.dtype == FP8:
+            if self.block_size is None:
+                raise ValueError(f"{self.path}: {name} is fp8, and config.json has no quantization_config.")
+            found, should = self.shape(name + fp8.SCALE), fp8.scales_shape(stored.shape, self.block_size)
+            if found != should:
+                raise ValueError(
+                    f"{self.path}: {name + fp8.SCALE} is {list(found)}, and {name} of {list(stored.shape)} in blocks "
+                    f"of {list(self.block_size)} needs {list(should)}."
+                )
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bytes."""

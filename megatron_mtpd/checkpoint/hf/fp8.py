@@ -30,6 +30,11 @@ def block_size(quantization: Any, where: str) -> Block | None:
     return int(size[0]), int(size[1])
 
 
+def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """Of the scales of a weight."""
+    return tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
+
+
 def dequantised(rows: Tensor, first: int, scale: Tensor, block: Block) -> Tensor:
     """[n, columns] in e4m3, rows `first` and on of a weight, to what they stand for, fp32."""
     of_row = torch.arange(first, first + len(rows)) // block[0]

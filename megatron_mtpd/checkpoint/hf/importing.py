@@ -48,6 +48,8 @@ class Import:
     shape: Shape
     architecture: Architecture
     heads: str
+    notes: tuple[str, ...] = ()
+    """What a reader of the result has to know."""
 
 
 def import_hf(
@@ -95,12 +97,18 @@ def import_hf(
             tokenizer = str((save / COMPANIONS).resolve()) if has_tokenizer else None
             directory = directory_of(root, RELEASE)
             directory.mkdir()
-            _write(folder, directory, architecture, shape, None if there else init, tokenizer, seed)
+            rounded = _write(folder, directory, architecture, shape, None if there else init, tokenizer, seed)
             args = root / ARGS_FILE
             args.write_text("\n".join([f"# Flags of the model in {save.name}.", *flags(shape, tokenizer)]) + "\n")
             sync(args)
             write_tracker(root, RELEASE)
-    return Import(shape, architecture, "none" if not heads else "the folder's" if there else init)
+    notes = []
+    if rounded and dtype is None:
+        notes.append(
+            f"{len(rounded)} tensors, {rounded[0]} first, are wider in the folder than {shape.dtype}, its embedding's "
+            "dtype, and were rounded to it; --dtype fp32 keeps every bit."
+        )
+    return Import(shape, architecture, "none" if not heads else "the folder's" if there else init, tuple(notes))
 
 
 @contextmanager
@@ -146,7 +154,8 @@ def _write(
     init: Init | None,
     tokenizer: str | None,
     seed: int,
-) -> None:
+) -> tuple[str, ...]:
+    """Write the checkpoint, and return the tensors that were rounded."""
     import torch
 
     from megatron_mtpd.checkpoint.hf.archive import checksum
@@ -157,7 +166,7 @@ def _write(
     table = list(architecture.trunk(shape))
     if init is None:
         table += [pair for head in range(shape.num_heads) for pair in TRANSFORMERS.head(architecture, shape, head)]
-    _check(folder, table, architecture, shape)
+    rounded = _check(folder, table, architecture, shape)
 
     def blocks() -> Iterator[tuple[str, torch.Tensor, int]]:
         for key, layout in table:
@@ -166,9 +175,14 @@ def _write(
                 yield key, block, checksum(block)
 
     total = sum(math.prod(shape.size_of(key)) * ITEM_SIZES[shape.dtype_of(key)] for key, _ in table)
+    new = 0
+    if init is not None:
+        from megatron_mtpd.checkpoint.hf.new_heads import written_bytes
+
+        new = written_bytes(architecture, shape, init)
     free = shutil.disk_usage(directory).free
-    if total > free:
-        raise ValueError(f"--save needs {total / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB.")
+    if total + new > free:
+        raise ValueError(f"--save needs {(total + new) / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB.")
     with Progress("import", total) as progress:
         for key, block, crc in ahead(blocks()):
             writer.rows(key, shape.size_of(key), block, crc)
@@ -188,19 +202,29 @@ def _write(
             "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         }
     )
+    return rounded
 
 
-def _check(folder: Folder, table: list[tuple[str, Layout]], architecture: Architecture, shape: Shape) -> None:
-    """Raises ValueError where a tensor is not as large as config.json makes it, or nothing is known of it, or a head
-    has an embedding or an output layer that is not the main model's."""
-    known = set()
+def _check(
+    folder: Folder, table: list[tuple[str, Layout]], architecture: Architecture, shape: Shape
+) -> tuple[str, ...]:
+    """The tensors whose dtype is wider than it will be.
+
+    Raises ValueError where a tensor is not as large as config.json makes it, or cannot be read, or nothing is known of
+    it, or a head has an embedding or an output layer that is not the main model's.
+    """
+    known, rounded = set(), []
     for key, layout in table:
+        kept = ITEM_SIZES[shape.dtype_of(key)]
         for name, should in zip(layout.names, layout.shapes(shape.size_of(key), shape), strict=True):
             known.update((name, name + fp8.SCALE))
             if folder.shape(name) != should:
                 raise ValueError(
                     f"{folder.path}: {name} is {list(folder.shape(name))}, and config.json describes {list(should)}."
                 )
+            folder.check_readable(name)
+            if ITEM_SIZES[folder.dtype(name)] > kept:
+                rounded.append(name)
     heads = [TRANSFORMERS.head_prefix(shape, head) for head in range(_heads_in(folder, shape))]
     output = architecture.model["output_layer.weight"].names  # a tied model's file may have it all the same
     known.update(output)
@@ -218,3 +242,4 @@ def _check(folder: Folder, table: list[tuple[str, Layout]], architecture: Archit
                     f"{folder.path}: {copy} is not {original}. Heads share embedding and output layer with the main "
                     "model here: give --num-heads 0 to import the model without them."
                 )
+    return tuple(rounded)

@@ -18,6 +18,7 @@ from megatron_mtpd.checkpoint.hf.architectures import Architecture
 from megatron_mtpd.checkpoint.hf.blocks import flat, ranges
 from megatron_mtpd.checkpoint.hf.shape import EXPERT_BIAS, Shape
 from megatron_mtpd.checkpoint.hf.torch_dist import Writer
+from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
 
 STD = 0.02
 _OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -47,6 +48,16 @@ def write_heads(writer: Writer, architecture: Architecture, shape: Shape, init: 
                 writer.tensor(key, _blocks(key, shape, _adds_both), shape.size_of(key))
             else:
                 writer.tensor(key, _blocks(key, shape, _fresh(name, shape, random)), shape.size_of(key))
+
+
+def written_bytes(architecture: Architecture, shape: Shape, init: str) -> int:
+    """About how many bytes `write_heads` will write: of copies, what the first head has that the trunk has not."""
+    names = _parts([key for key, _ in architecture.block("{}.", 0, "")])
+    if init == "last-layer":
+        names = names[: names.index("eh_proj.weight") + 1]
+    keys = [f"mtp.layers.{head}.{name}" for head in range(shape.num_heads) for name in names]
+    size = sum(math.prod(shape.size_of(key)) * ITEM_SIZES[shape.dtype_of(key)] for key in keys)
+    return size if init == "random" else size // max(1, shape.num_heads)
 
 
 def _blocks(key: str, shape: Shape, make: Callable[[int, int, int], Tensor]) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ files into memory, where all that was read counts as used, and its writer takes 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
+
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_NAMES: dict[str, str] = {name: dtype for dtype, name in DTYPES.items()} | {"F8_E4M3": "float8_e4m3fn"}
+FP8 = "float8_e4m3fn"
+_NAMES: dict[str, str] = {name: dtype for dtype, name in DTYPES.items()} | {"F8_E4M3": FP8}
+READ = frozenset(_NAMES.values())
+"""The dtypes, as named in torch, that can be read."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,11 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise ValueError(f"it has {size - 8 - length:,} bytes of tensors, its header describes {max(ends):,}")
         found = {}
         for name, entry in header.items():
-            dtype = _NAMES.get(entry["dtype"]) or str(entry["dtype"])
-            found[name] = Stored(path, dtype, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            dtype, shape = _NAMES.get(entry["dtype"]) or str(entry["dtype"]), tuple(entry["shape"])
+            first, end = entry["data_offsets"]
+            if dtype in ITEM_SIZES and end - first != math.prod(shape) * ITEM_SIZES[dtype]:
+                raise ValueError(f"{name} is {dtype} {list(shape)}, and has {end - first:,} bytes")
+            found[name] = Stored(path, dtype, shape, 8 + length + first)
         return found
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}.") from error

@@ -14,13 +14,18 @@ def turn(tmp_path, template, **options):
 
 def test_a_turn_is_what_the_template_writes_around_the_words(tmp_path):
     found = turn(tmp_path, TEMPLATE)
-    assert found == ("<|start|> user ", " <|end|> <|start|> assistant ")
+    assert found == ("<|start|> user ", " <|end|> <|start|> assistant ", 0)
     assert found.around("w7 w8") == "<|start|> user w7 w8 <|end|> <|start|> assistant "
 
 
 def test_a_beginning_that_the_tokenizer_adds_is_not_there_twice(tmp_path):
     found = turn(tmp_path, "{{ bos_token }}" + TEMPLATE, adds_first=True)
     assert found.before == "<|start|> user "
+
+
+def test_words_may_end_with_a_token_of_the_template_or_with_none_of_its_own(tmp_path):
+    assert turn(tmp_path, "{{ '<|start|> user ' + messages[0]['content'] + ' <|start|> w9 ' }}").end == 1
+    assert turn(tmp_path, "{{ '<|start|> user ' + messages[0]['content'] + ' w9 ' }}").end is None
 
 
 @pytest.mark.parametrize(

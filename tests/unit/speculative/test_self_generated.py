@@ -13,7 +13,7 @@ from megatron_mtpd.speculative.generate import Request, generate
 from megatron_mtpd.speculative.sampling import Sampling
 from megatron_mtpd.speculative.self_generated import DOCUMENTS, Options, run
 from tests.distributed.checkpoints import HEADS, save_checkpoint
-from tests.unit.speculative.toys import chat_tokenizer, plain
+from tests.unit.speculative.toys import TEMPLATE, chat_tokenizer, plain
 
 SIZE, QUESTIONS, END = 12, 24, 0
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [94, 5]]
@@ -140,6 +140,33 @@ def test_a_rerun_does_what_is_left(options, monkeypatch, stop_after):
     assert (chosen.output / "generated.jsonl").read_bytes() == (whole.output / "generated.jsonl").read_bytes()
 
 
+def test_a_question_may_end_otherwise_than_a_document(options, tmp_path):
+    """As in templates that put the answer's beginning right behind the user's words."""
+    template = "{{ '<|start|> user ' + messages[0]['content'] + ' <|start|> assistant ' }}"
+    other = chat_tokenizer(tmp_path / "other", template)
+    chosen = options(questions=4 * QUESTIONS, tokenizer_model=other)
+    run(chosen)
+    for document in documents(chosen):
+        question = document["tokens"][len(BEFORE) :]
+        assert question[question.index(1) :][:2] == [1, 3] and question.index(1) > 0
+
+
+def test_nothing_usable_is_no_success(options, tmp_path):
+    template = "{{ '<|start|> user ' + messages[0]['content'] + ' <|start|> assistant ' }}"
+    never = options(questions=2, max_new_tokens=1, tokenizer_model=chat_tokenizer(tmp_path / "other", template))
+    with pytest.raises(ValueError, match="Not one of 2 documents has text: the question"):
+        run(never)
+    assert not (never.output / "generated.jsonl").exists()
+
+
+def test_fewer_questions_are_the_first_of_them(options):
+    run(options(questions=QUESTIONS))
+    whole = documents(options(questions=QUESTIONS))
+    run(options(questions=QUESTIONS // 2))
+    half = documents(options(questions=QUESTIONS // 2))
+    assert half == whole[: len(half)] and 0 < len(half) < len(whole)
+
+
 def test_more_questions_leave_the_first_as_they_are(options):
     run(options(questions=3))
     first = documents(options(questions=3))
@@ -181,10 +208,12 @@ def test_bad_prompts_cost_nothing_else(options, tmp_path):
 def test_what_cannot_work_is_refused_before_anything_is_written(options, changes, message):
     with pytest.raises(ValueError, match=message):
         run(options(**changes))
-    assert not list(options(questions=1).output.glob("generated*"))
+    assert not options(questions=1).output.exists()
 
 
-def test_other_settings_are_refused(options):
+def test_other_settings_are_refused(options, tmp_path):
     run(options(questions=1))
     with pytest.raises(ValueError, match=r"results of other settings \(temperature\)"):
         run(options(questions=1, sampling=Sampling(temperature=0.5)))
+    with pytest.raises(ValueError, match=r"results of other settings \(turn\)"):
+        run(options(questions=1, tokenizer_model=chat_tokenizer(tmp_path / "x", TEMPLATE.replace("start", "end"))))

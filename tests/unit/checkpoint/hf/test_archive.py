@@ -37,6 +37,31 @@ def test_torch_and_zipfile_read_what_is_written(dtype: torch.dtype, tmp_path: Pa
     assert path.read_bytes()[place : place + rows.nbytes] == bytes(rows.view(torch.uint8).flatten().tolist())
 
 
+def test_an_archive_whose_records_are_not_where_its_directory_says_is_refused(tmp_path: Path) -> None:
+    """Of a header that was overwritten: rows read from behind it would be the neighbours'."""
+    rows, path = torch.randn(6, 4), tmp_path / "file"
+    with path.open("wb") as file:
+        write_archive(file, rows, (6, 4), checksum(rows))
+    good = path.read_bytes()
+    header = good.index(b"PK\3\4", good.index(b"archive/version"))
+    for offset, byte in ((0, ord("X")), (26, 9), (35, ord("x"))):  # signature, length of the name, the name
+        bad = bytearray(good)
+        bad[header + offset] = byte
+        path.write_bytes(bad)
+        with pytest.raises(zipfile.BadZipFile, match="not what the directory says"):
+            place_of(path, Payload("file", 0, len(bad)), rows.nbytes)
+
+
+def test_what_is_no_plain_tensor_is_left_to_torch(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for value in (torch.nn.Parameter(torch.randn(6, 4)), {"a": 1}):
+        torch.save(value, path)
+        assert place_of(path, Payload("file", 0, path.stat().st_size), 96) is None
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data/0", bytes(96))
+    assert place_of(path, Payload("file", 0, path.stat().st_size), 96) is None
+
+
 def contents(directory: Path, tensors: dict[str, Tensor], cuts: dict[str, list[list[int]]], transposed: bool) -> Any:
     """A checkpoint of tensors that are cut at these places in each dimension, as a parallel run would write them."""
     described, raw = {}, {}

@@ -26,6 +26,7 @@ from megatron_mtpd.checkpoint.metadata import CheckpointError, read_metadata
 from megatron_mtpd.model import MTPDModel, MTPDModelBuilder, MTPDModelConfig
 from megatron_mtpd.speculative import loading
 from tests.unit.checkpoint.hf.deepseek import SIZES, YARN, DeepseekCascade, deepseek
+from tests.unit.checkpoint.hf.greedy import toy_prompts
 from tests.unit.checkpoint.hf.models import weights
 
 # fp32 logits of size 10, through five layers whose sums are taken in another order.
@@ -105,14 +106,40 @@ def test_without_its_own_heads_it_gets_new_ones(tmp_path: Path, one_process: Non
     assert AutoConfig.from_pretrained(tmp_path / "trunk").num_mtp_layers == 0
 
 
-def test_transformers_decodes_with_the_heads(tmp_path: Path) -> None:
+def guessing(folder: Path) -> None:
+    """Make the heads guess right now and then: a few tokens become frequent, for main model and heads alike."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name == "lm_head.weight" or name.endswith("shared_head.head.weight"):
+                tensor[::100] *= 8.0
+        save_file(tensors, file, {"format": "pt"})
+
+
+def test_transformers_accepts_the_drafts_that_the_heads_mathematics_give(tmp_path: Path, matches: list[int]) -> None:
     deepseek(tmp_path / "hf", rope_scaling=YARN)
+    guessing(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ours")
     export_hf(tmp_path / "ours", tmp_path / "out", hf=tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    prompt = torch.tensor([[5, 17, 3, 80]])
-    fixed = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(model.generate(prompt, use_mtp=True, **fixed), model.generate(prompt, **fixed))
+    cascade, seen, new = DeepseekCascade(tmp_path / "hf"), set(), 24
+    for prompt in toy_prompts(8, 2):
+        ids = torch.tensor([prompt])
+        fixed = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+        fixed["attention_mask"] = torch.ones_like(ids)
+        tokens = model.generate(ids, **fixed)
+        matches.clear()
+        assert torch.equal(model.generate(ids, use_mtp=True, **fixed), tokens)
+        text = tokens[0].tolist()
+        best = [logits.argmax(-1).tolist() for logits in cascade.logits(text)[1:]]
+        last, expected = len(prompt), []  # the last token that is known when a step begins
+        while last + 3 < len(text):
+            right = [best[k][last - 1] == text[last + 1 + k] for k in range(2)]
+            expected.append(2 if all(right) else int(right[0]))
+            last += 1 + expected[-1]
+        assert matches[1 : 1 + len(expected)] == expected
+        seen |= set(expected)
+    assert seen == {0, 1, 2}, "too few different numbers of accepted drafts to tell heads apart"
 
 
 def test_without_the_folder_a_configuration_is_made(tmp_path: Path) -> None:
@@ -153,6 +180,17 @@ def test_weights_in_fp8_become_what_they_stand_for(tmp_path: Path) -> None:
     assert back.keys() == meant.keys()
     assert all(torch.equal(back[name], meant[name]) and back[name].dtype == meant[name].dtype for name in meant)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+    scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    for changed, reason in (
+        ({}, f"has no tensor {scale}"),
+        ({scale: torch.ones(6, 3)}, r"is \[6, 3\], and .*needs \[6, 4\]"),
+    ):
+        broken = {name: tensor for name, tensor in quantised.items() if name != scale} | changed
+        save_file(broken, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=reason):
+            import_hf(tmp_path / "hf", tmp_path / "again")
+        assert not (tmp_path / "again").exists()
 
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))

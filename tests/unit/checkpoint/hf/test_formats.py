@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_mtpd.checkpoint.hf.exporting import export_hf
 from megatron_mtpd.checkpoint.hf.folder import Entry, Folder, write_weights
 from megatron_mtpd.checkpoint.hf.importing import import_hf
+from megatron_mtpd.checkpoint.hf.stored import read_header
 from megatron_mtpd.checkpoint.metadata import CheckpointError
 from tests.unit.checkpoint.hf.models import hugging_face, toy_checkpoint, toy_shape, weights
 
@@ -117,6 +119,21 @@ def test_the_model_card_says_how_to_run_it_and_what_was_measured(checkpoint: Pat
     with pytest.raises(ValueError, match="--acceptance: it is not what"):
         export_hf(checkpoint, tmp_path / "other", acceptance=tmp_path / "acceptance.json")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "export with `--format deepseek-v3` or `--format mimo --num-heads 1` for them"),
+        ({"num_heads": 1}, "export with `--format deepseek-v3` or `--format mimo` for them"),
+        ({"qkv_bias": True}, "export with `--format mimo --num-heads 1` for them"),
+        ({"qk_norm": True}, "no format of theirs can hold this model's"),
+    ],
+)
+def test_the_model_card_names_formats_that_hold_the_model(changes: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "ours", toy_shape(**{"num_heads": 2} | changes))
+    export_hf(tmp_path / "ours", tmp_path / "out")
+    assert f"do not find heads here: {remedy}." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +245,59 @@ def test_the_files_are_what_the_library_reads(tmp_path: Path) -> None:
         assert folder.shape(name) == tuple(tensor.shape)
         with safe_open(tmp_path / folder.names[name], framework="pt") as file:
             assert torch.equal(file.get_tensor(name), tensor)
+
+
+def test_what_is_rounded_or_left_out_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    hugging_face(tmp_path / "hf", "llama", tied=False)
+    tensors = weights(tmp_path / "hf")
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    (note,) = import_hf(tmp_path / "hf", tmp_path / "ours").notes
+    assert note.startswith("7 tensors, model.layers.0.input_layernorm.weight first, are wider in the folder")
+    assert not import_hf(tmp_path / "hf", tmp_path / "asked", dtype="bf16").notes
+    assert not import_hf(tmp_path / "hf", tmp_path / "whole", dtype="fp32").notes
+    assert "no tokenizer" in export_hf(checkpoint, tmp_path / "out").notes[0]
+    assert not export_hf(tmp_path / "ours", tmp_path / "trunk", "trunk", hf=tmp_path / "hf").notes
+
+
+def test_a_tensor_that_cannot_be_read_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "hf", "llama", tied=False)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = weights(tmp_path / "hf")
+    name = "model.layers.2.mlp.up_proj.weight"
+    for dtype, reason in (
+        (torch.float64, "is F64, and only"),
+        (torch.float8_e4m3fn, r"is fp8, and config\.json has no quantization_config"),
+    ):
+        save_file(tensors | {name: tensors[name].to(dtype)}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"{name} {reason}"):
+            import_hf(tmp_path / "hf", tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+
+
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    """The library refuses it too: such a tensor would be read with its neighbour's bytes."""
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data.replace(b'"shape":[4]', b'"shape":[3]', 1))
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged or incomplete: . is float32 \[3\], and has 16 bytes"
+    ):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_single_file_goes_before_an_index_that_was_left_behind(tmp_path: Path) -> None:
+    """As in transformers, whose save_pretrained leaves an old index where it was."""
+    save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert Folder(tmp_path).names == {"a": "model.safetensors"}
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is missing"):
+        _ = Folder(tmp_path).names
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(ValueError, match="has no weight_map of names and files"):
+        _ = Folder(tmp_path).names
 
 
 def test_a_damaged_or_missing_file_is_named(tmp_path: Path) -> None:

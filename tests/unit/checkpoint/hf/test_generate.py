@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.generation import candidate_generator
 
 from megatron_mtpd.checkpoint.hf.exporting import export_hf
 from megatron_mtpd.speculative import loading
@@ -15,18 +14,6 @@ from tests.unit.checkpoint.hf.greedy import greedy, toy_prompts
 from tests.unit.checkpoint.hf.models import toy_checkpoint, toy_shape
 
 HEADS, NEW = 4, 24
-
-
-@pytest.fixture
-def matches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many drafts each step of transformers accepts, as it goes: it keeps no counts itself."""
-    found: list[int] = []
-
-    def record(self: Any, input_ids: Any, scores: Any, num_matches: Any) -> None:
-        found.append(int(num_matches))
-
-    monkeypatch.setattr(candidate_generator.MTPCandidateGenerator, "update_candidate_strategy", record)
-    return found
 
 
 def theirs(model: Any, prompt: list[int], matches: list[int]) -> tuple[list[int], list[int]]:
