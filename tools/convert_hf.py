@@ -1,6 +1,6 @@
 """Convert between Hugging Face folders and checkpoints: import a model to give it heads, export one to serve it.
 
-Works on files alone, without a GPU, with a block of a tensor in memory, however large model and tensors are.
+Works on files alone, with a block of a tensor in memory, however large model and tensors are.
 """
 
 import argparse
@@ -46,15 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--verify", dest="full", action="store_true", help="compare the checksums of all bytes first")
     add("--force", action="store_true", help="replace what is in --save, all of it")
     options = vars(parser.parse_args(argv))
-    run = {"import": import_hf, "export": export_hf}[options.pop("command")]
     try:
-        done = run(**options)
+        done = {"import": import_hf, "export": export_hf}[options.pop("command")](**options)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    print(f"{options['save']}: {done.architecture.class_name}, {done.shape.num_heads} heads, {done.shape.dtype}")
-    for note in done.notes:
-        print(f"note: {note}")
+    made = f"{options['save']}: {done.architecture.class_name}, {done.shape.num_heads} heads, {done.shape.dtype}"
+    print("\nnote: ".join([made, *done.notes]))
     return 0
 
 

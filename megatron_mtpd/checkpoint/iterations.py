@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_mtpd.checkpoint import fp8_state
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.integrity import Problem, is_finished, verify
-from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError
+from megatron_mtpd.checkpoint.metadata import CONFIG, METADATA, CheckpointError, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -181,6 +182,14 @@ def _message(root: Path, directory: Path, problems: list[Problem], good: Iterati
     return f"Cannot load {path}: {problems[0].what}.{more} {remedy}"
 
 
+def check_fp8_state(directory: Path) -> None:
+    """Raises CheckpointError where the FP8 state of a checkpoint could run code (see `fp8_state`), on all ranks: they
+    share the reading, as in `check_loadable`."""
+    team, checkpoint = _Team(), read_metadata(directory)
+    mine = fp8_state.problems(checkpoint, (team.rank, team.size))
+    fp8_state.refuse(checkpoint, [problem for part in team.gathered(mine) for problem in part])
+
+
 class _Team:
     """The ranks of torch.distributed where it is in use, else one."""
 
@@ -192,16 +201,16 @@ class _Team:
     def verify(self, directory: Path, full: bool) -> list[Problem]:
         """`integrity.verify`, each rank its share of the bytes; the same list on all ranks."""
         mine = verify(directory, full, share=(self.rank, self.size)) if full or self.rank == 0 else []
-        found = {problem.file: problem for part in self._gathered(mine) for problem in part}
+        found = {problem.file: problem for part in self.gathered(mine) for problem in part}
         return list(found.values())
 
     def agree(self, value: list[Iteration]) -> list[Iteration]:
         """Rank 0's value, so that all ranks take the same steps even where a file system shows them different
         names.
         """
-        return next(iter(self._gathered(value)))
+        return next(iter(self.gathered(value)))
 
-    def _gathered(self, value: list[Any]) -> Iterable[list[Any]]:
+    def gathered(self, value: list[Any]) -> Iterable[list[Any]]:
         if self._distributed is None:
             return [value]
         everyone: list[Any] = [None] * self.size

@@ -90,8 +90,14 @@ def loads(data: bytes, accept: Iterable[str] = ()) -> Any:
     `accept` holds full names (`torch.Size`), and packages or modules whose names are all accepted (`numpy`).
     Raises pickle.UnpicklingError for any other name, and for damaged bytes.
     """
+    return loads_parts(data, 1, accept)[0]
+
+
+def loads_parts(data: bytes, number: int, accept: Iterable[str] = ()) -> list[Any]:
+    """The values of `number` pickles that follow each other at the start of `data`; otherwise as `loads`."""
+    file = io.BytesIO(data)
     try:
-        return _Unpickler(io.BytesIO(data), tuple(accept)).load()
+        return [_Unpickler(file, tuple(accept)).load() for _ in range(number)]
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in the machine that runs them

@@ -30,6 +30,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_mtpd.checkpoint import fp8_state
 from megatron_mtpd.checkpoint.common_state import LEGACY_FILE, read_common_state
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.integrity import MANIFEST, write_manifest
@@ -38,6 +39,7 @@ from megatron_mtpd.checkpoint.iterations import (
     TRACKER,
     DamagedCheckpoint,
     Iteration,
+    check_fp8_state,
     check_loadable,
     directory_of,
     fall_back,
@@ -151,6 +153,8 @@ def loads_checked(
             own = root == getattr(args, load_arg)
             if own and iteration not in (None, RELEASE):  # others are loaded without optimizer
                 _check_experts(directory_of(Path(root), iteration), args)
+            if iteration is not None and getattr(args, "fp8", None) and args.fp8_recipe == "delayed":
+                _trust_fp8_state(directory_of(Path(root), iteration))
         return original(*positional, load_arg=load_arg, **kwargs)
 
     return load_checkpoint
@@ -167,6 +171,14 @@ def _loadable(root: Path, args: Any, full: bool) -> Iteration | None:
         if step or not own or not getattr(args, "resume_from_last_good", False):
             raise
         return fall_back(root, damaged)
+
+
+def _trust_fp8_state(directory: Path) -> None:
+    """Tell Transformer Engine that it may load the scales and amax histories of a checkpoint, once they have been read.
+    Raises CheckpointError where they could run code and the user has not said so already."""
+    if os.environ.get(fp8_state.ALLOW) != "1":
+        check_fp8_state(directory)
+        os.environ[fp8_state.ALLOW] = "1"
 
 
 def _check_experts(directory: Path, args: Any) -> None:
