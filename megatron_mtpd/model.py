@@ -210,7 +210,7 @@ class MTPDModel(HybridModel):
         if kwargs.get("packed_seq_params") is not None:
             raise ValueError(
                 "Packed sequences (THD) are not supported with MTP-D heads: use [b, s] batches, where documents are "
-                "told apart by the end-of-document token and --reset-attention-mask."
+                "told apart by the end-of-document token (and, with local layers, --reset-attention-mask)."
             )
         inputs = (input_ids, position_ids, attention_mask, *args)
         if not self.post_process or not self.mtp_process:

@@ -472,6 +472,13 @@ _NEED_CUDA = (
     _Needs("--enable-cuda-graph"),
     _Needs("--moe-token-dispatcher-type", lambda value: value == "flex", {}),
 )
+_GPUS = {(8, 9): "L40S, H100 and newer", (9, 0): "H100 and newer", (10, 0): "B200 and newer"}
+_NEED_CAPABILITY = {
+    (8, 9): (_Needs("--fp8-format", options={}),),
+    (9, 0): (_Needs("--fp8-recipe", lambda value: value == "blockwise", {}),),
+    (10, 0): (_Needs("--fp8-recipe", lambda value: value == "mxfp8", {}), _Needs("--fp4-format", options={})),
+}
+"""What Transformer Engine's kernels need of a GPU, by its compute capability."""
 _NEED_TRANSFORMER_ENGINE = (
     _Needs("--transformer-impl", lambda value: value != "local", {}),
     _Needs("--fp8-format", options={}),
@@ -495,9 +502,18 @@ def check_flags(arguments: Sequence[str]) -> None:
         _refuse(arguments, _NEED_TRANSFORMER_ENGINE, "a GPU and Transformer Engine (extra megatron-mtpd[te])")
     if not torch.cuda.is_available():
         _refuse(arguments, _NEED_CUDA, "a GPU that torch can use")
+    elif uses_transformer_engine():
+        capability = torch.cuda.get_device_capability()
+        for least, needs in _NEED_CAPABILITY.items():
+            if capability < least:
+                needed, found = ("{}.{}".format(*version) for version in (least, capability))
+                needed = f"compute capability {needed} ({_GPUS[least]}), and this GPU has {found}"
+                _refuse(arguments, needs, needed, "choose another recipe, or leave the flag out")
 
 
-def _refuse(arguments: Sequence[str], needs: Sequence[_Needs], needed: str) -> None:
+def _refuse(
+    arguments: Sequence[str], needs: Sequence[_Needs], needed: str, remedy: str = "install it, or leave the flag out"
+) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for need in needs:
         parser.add_argument(need.flag, dest=need.flag, default=argparse.SUPPRESS, **need.options)
@@ -506,7 +522,7 @@ def _refuse(arguments: Sequence[str], needs: Sequence[_Needs], needed: str) -> N
         value = getattr(given, need.flag, None)
         if value is not None and need.refused(value):
             shown = "" if value is True else f" {' '.join(value) if isinstance(value, list) else value}"
-            raise ValueError(f"{need.flag}{shown} needs {needed}: install it, or leave the flag out.")
+            raise ValueError(f"{need.flag}{shown} needs {needed}: {remedy}.")
 
 
 # --- what Megatron's training loop has no hook for --------------------------------------------------------------------

@@ -115,6 +115,8 @@ def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
         "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
         "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--use-torch-fsdp2": args.use_torch_fsdp2,
+        # The graph of the first iteration would be replayed: the distillation could neither begin nor change.
+        "--cuda-graph-impl full_iteration": args.cuda_graph_impl == "full_iteration",
     }
     for name, is_set in unsupported.items():
         if is_set:
@@ -122,6 +124,12 @@ def _refuse_combinations(args: argparse.Namespace, config: MTPDConfig) -> None:
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
         raise ValueError(
             "--reset-attention-mask does nothing with --no-create-attention-mask-in-dataloader: remove one of them."
+        )
+    if args.reset_attention_mask and args.transformer_impl != "local" and platform.uses_transformer_engine():
+        raise ValueError(
+            "--reset-attention-mask does nothing with Transformer Engine, whose attention is causal and takes no mask: "
+            "documents would see those before them. Remove it, or use --transformer-impl local. The heads keep to "
+            "their documents either way."
         )
     if config.heads_pass_twice and (args.hidden_dropout or args.attention_dropout):
         raise ValueError(

@@ -57,19 +57,23 @@ def config(**options) -> TransformerConfig:
 def with_transformer_engine(monkeypatch):
     monkeypatch.setattr(platform, "uses_transformer_engine", lambda: True)
     monkeypatch.setattr(platform.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(platform.torch.cuda, "get_device_capability", lambda *device: (9, 0))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_flags_of_every_recipe_pass(with_transformer_engine, recipe):
+def test_a_hopper_gpu_has_every_recipe_but_mxfp8(with_transformer_engine, recipe):
     flags = f"--fp8-format {RECIPES[recipe]} --fp8-recipe {recipe} --fp8-param-gather --transformer-impl"
-    platform.check_flags([*flags.split(), "transformer_engine"])
+    with pytest.raises(ValueError, match="mxfp8") if recipe == "mxfp8" else nullcontext():
+        platform.check_flags([*flags.split(), "transformer_engine"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_layers_are_those_of_transformer_engine(with_transformer_engine, recipe):
+def test_local_layers_are_refused_in_fp8_and_never_taken(with_transformer_engine, recipe, monkeypatch):
     fp8 = config(fp8=RECIPES[recipe], fp8_recipe=recipe)
-    assert fp8.fp8_recipe == recipe
     assert hybrid_stack_spec(fp8) is transformer_engine_spec
+    monkeypatch.setattr(platform, "uses_transformer_engine", lambda: False)
+    with pytest.raises(ValueError, match=f"--fp8-format {RECIPES[recipe]} needs a GPU and Transformer Engine"):
+        platform.check_flags(["--fp8-format", RECIPES[recipe], "--fp8-recipe", recipe])
 
 
 def test_first_and_last_layers_in_bf16_are_those_of_the_main_model():
@@ -129,12 +133,12 @@ def get_fp8_context(config, layer_no=-1, is_init=False):
 
 
 @pytest.mark.parametrize("loss", ["fused", "eager"])
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "first and last in bf16"])
+@pytest.mark.parametrize("recipe", [*RECIPES, "first and last in bf16"])
 def test_what_runs_in_fp8(one_process, monkeypatch, recipe, loss):
     """Every linear layer of trunk and heads, but those that are asked for in bf16; not the output layer or the loss."""
     for module in (hybrid_block, multi_token_prediction):
         monkeypatch.setattr(module, "get_fp8_context", get_fp8_context)
-    options = {"fp8": "hybrid", "fp8_recipe": recipe, "transformer_impl": "local"}
+    options = {"fp8": RECIPES.get(recipe, "hybrid"), "fp8_recipe": recipe, "transformer_impl": "local"}
     options |= {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     if recipe not in RECIPES:
         options |= {"fp8_recipe": "tensorwise", "first_last_layers_bf16": True}

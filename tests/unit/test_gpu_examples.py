@@ -33,21 +33,23 @@ from unittest.mock import patch
 from megatron_mtpd import platform
 from megatron_mtpd.training import pretrain
 import megatron.core.utils, packaging.version, torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe import moe_utils
 from megatron.training import arguments
 megatron.core.utils._te_version = packaging.version.Version("2.20.2")
+rope_utils.fused_apply_rotary_pos_emb = object()
 for name in vars(moe_utils):
     if name.startswith("fused_") and getattr(moe_utils, name) is None:
         setattr(moe_utils, name, object())
-check_flags, platform.check_flags = platform.check_flags, lambda flags: None
 found = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # Megatron's messages
 for ranks, capability, flags in json.load(sys.stdin):
     if os.fork() == 0:
-        with patch.object(platform, "uses_transformer_engine", lambda: True):
-            with patch.object(torch.cuda, "is_available", lambda: True):
-                check_flags(flags)
         torch.cuda.get_device_capability = lambda *device: tuple(capability)
+        platform.uses_transformer_engine = lambda: True
+        with patch.object(torch.cuda, "is_available", lambda: True):
+            platform.check_flags(flags)
+        platform.check_flags = lambda flags: None
         arguments.get_device_arch_version = lambda: capability[0]
         os.environ |= {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0"}
         args = pretrain.parse(flags)
@@ -55,6 +57,7 @@ for ranks, capability, flags in json.load(sys.stdin):
         names = ["fp8", "fp8_recipe", "fp8_param", "bf16", "fp8_output_proj", "transformer_impl",
                  "attention_backend", "num_layers", "num_layers_at_start_in_bf16"]
         values = {name: str(getattr(transformer, name)) for name in names}
+        values |= {"reset_attention_mask": str(args.reset_attention_mask), "rope_fusion": str(args.apply_rope_fusion)}
         print(json.dumps(values), file=found, flush=True)
         os._exit(0)
     if os.wait()[1]:
@@ -111,6 +114,8 @@ def test_megatron_accepts_each(parsed):
     for name, values in parsed.items():
         assert values["bf16"] == "True", name
         assert values["fp8_output_proj"] == "False", f"{name}: the losses read the output layer's weight"
+        assert values["transformer_impl"] == "transformer_engine", name
+        assert values["fp8_param"] == str("--fp8-param-gather" in cases()[name][2]), name
         # Its kernels are a package that the extra [te] does not bring.
         assert "flash" not in values["attention_backend"], name
         recipe = ("e4m3", "mxfp8") if "mxfp8" in name else ("hybrid", "tensorwise")

@@ -138,6 +138,7 @@ def test_missing_module_is_named():
 
 def machine(monkeypatch: pytest.MonkeyPatch, cuda: bool, packages: tuple[str, ...] = ()) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (10, 0))
     monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: object() if name in packages else None)
 
 
@@ -233,6 +234,25 @@ def test_what_needs_a_gpu_is_refused_by_name(monkeypatch, flags, needed):
 @pytest.mark.parametrize("flags", [flags for flags, _ in REFUSED])
 def test_a_full_gpu_install_refuses_nothing(monkeypatch, flags):
     machine(monkeypatch, cuda=True, packages=("transformer_engine",))
+    platform.check_flags(flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "least", "older", "gpus"),
+    [
+        ("--fp8-format hybrid", (8, 9), (8, 0), "L40S, H100"),
+        ("--fp8-recipe blockwise", (9, 0), (8, 9), "H100"),
+        ("--fp8-recipe mxfp8", (10, 0), (9, 0), "B200"),
+        ("--fp4-format e2m1", (10, 0), (9, 0), "B200"),
+    ],
+)
+def test_what_a_gpu_is_too_old_for_is_refused_by_name(monkeypatch, flags, least, older, gpus):
+    machine(monkeypatch, cuda=True, packages=("transformer_engine",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: older)
+    message = rf"{flags} needs compute capability {least[0]}\.{least[1]} \({gpus}.*this GPU has {older[0]}\.{older[1]}"
+    with pytest.raises(ValueError, match=message):
+        platform.check_flags(flags.split())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: least)
     platform.check_flags(flags.split())
 
 

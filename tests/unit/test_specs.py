@@ -1,5 +1,7 @@
 import inspect
 import math
+from dataclasses import fields, is_dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 
 from megatron_mtpd.specs import LatentAttention, SDPAttention, hybrid_stack_spec, local_norm  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the local modules are tested on the CPU")
 
 VOCABULARY, SEQUENCE, BATCH = 64, 12, 2
+LAYERS = "attention_layer", "mla_layer", "mlp_layer", "moe_layer"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -326,6 +330,51 @@ def test_transformer_engines_spec_where_it_runs(monkeypatch):
     assert hybrid_stack_spec(config(transformer_impl="transformer_engine")) is theirs
     assert hybrid_block.TENorm is last_norm
     assert hybrid_stack_spec(config(transformer_impl="local")) is not theirs
+
+
+def norm_keys(layer: ModuleSpec) -> set[str]:
+    """The checkpoint keys of a layer's norms, those apart and those fused with the linear layer behind them."""
+    found: set[str] = set()
+
+    def visit(submodules, prefix=""):
+        for field in fields(submodules):
+            part, name = getattr(submodules, field.name), prefix + field.name
+            inner = part.keywords.get("submodules") if isinstance(part, partial) else getattr(part, "submodules", None)
+            if is_dataclass(inner) and not isinstance(inner, type):
+                visit(inner, f"{name}.")
+            elif part is hybrid_layer_specs.TELayerNormColumnParallelLinear:
+                found.add(f"{name}.layer_norm_weight")
+            elif part in (hybrid_layer_specs.TENorm, local_norm):
+                found.add(f"{name}.weight")
+
+    visit(layer.submodules)
+    moved = getattr(layer.submodules, "sharded_state_dict_keys_map", {}).items()
+    return {next((new + key.removeprefix(old) for old, new in moved if key.startswith(old)), key) for key in found}
+
+
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_both_specs_have_the_same_norms_under_the_same_keys(monkeypatch, qk_layernorm):
+    monkeypatch.setattr(platform, "uses_transformer_engine", lambda: True)
+    theirs, ours = (
+        hybrid_stack_spec(config(transformer_impl=kind, qk_layernorm=qk_layernorm)).submodules
+        for kind in ("transformer_engine", "local")
+    )
+    expected = {layer: norm_keys(getattr(theirs, layer)) for layer in LAYERS}
+    if qk_layernorm:  # these are left to Megatron's SelfAttention, which takes its own norm where the spec has none
+        expected["attention_layer"] |= {f"self_attention.{x}_layernorm.weight" for x in "qk"}
+        assert {f"self_attention.linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv")} < expected["mla_layer"]
+    assert {layer: norm_keys(getattr(ours, layer)) for layer in LAYERS} == expected
+    assert len(expected["mlp_layer"]) == len(expected["moe_layer"]) == 1
+    for spec in (theirs, ours):
+        (head,) = spec.mtp_block_spec.submodules.layer_specs
+        assert norm_keys(head) == {"enorm.weight", "hnorm.weight", "layer_norm.weight"}
+
+
+def test_megatrons_own_spec_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(platform, "uses_transformer_engine", lambda: True)
+    before = norm_keys(hybrid_layer_specs.hybrid_stack_spec.submodules.mla_layer)
+    hybrid_stack_spec(config(transformer_impl="transformer_engine", qk_layernorm=True))
+    assert norm_keys(hybrid_layer_specs.hybrid_stack_spec.submodules.mla_layer) == before == {"input_layernorm.weight"}
 
 
 def test_local_spec_ends_in_a_local_norm():

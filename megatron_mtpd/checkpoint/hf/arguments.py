@@ -178,6 +178,8 @@ def flags(shape: Shape, tokenizer: str | None) -> list[str]:
         "--untie-embeddings-and-output-weights": not shape.tied,
         "--add-qkv-bias": shape.qkv_bias,
         "--qk-layernorm": shape.qk_norm,
+        # On a GPU Megatron fuses by default, and for this attention it can with YaRN alone.
+        "--no-rope-fusion": shape.latent is not None and shape.latent.yarn is None,
         f"--rotary-seq-len-interpolation-factor {shape.rope_factor}": shape.rope_factor is not None,
         "--bf16": shape.dtype == "bfloat16",
         "--fp16": shape.dtype == "float16",

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from megatron_mtpd import platform
 from megatron_mtpd.config import MTPDConfig, flag
 from megatron_mtpd.training.arguments import add_mtpd_arguments, mtpd_config_from_args
 
@@ -42,6 +43,8 @@ def parse(parser, *argv, **megatron):
         "recompute_method": None,
         "context_parallel_size": 1,
         "seq_length": 16,
+        "transformer_impl": "transformer_engine",
+        "cuda_graph_impl": "none",
     }
     vars(args).update({**defaults, **megatron})
     return args
@@ -127,6 +130,11 @@ def test_detach_heads_cuts_every_share(parser):
         ([], {"sft": True}, "--sft"),
         ([], {"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy"),
         ([], {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ([], {"fp8_output_proj": True}, "--fp8-output-proj"),
+        ([], {"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ([], {"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ([], {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
+        ([], {"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
         (
             [],
             {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
@@ -141,3 +149,11 @@ def test_detach_heads_cuts_every_share(parser):
 def test_what_cannot_work_is_refused_by_name(parser, argv, megatron, message):
     with pytest.raises(ValueError, match=message):
         mtpd_config_from_args(parse(parser, *argv, **megatron))
+
+
+def test_a_mask_that_transformer_engine_would_not_see_is_refused(parser, monkeypatch):
+    mtpd_config_from_args(parse(parser, reset_attention_mask=True))  # the local layers see it
+    monkeypatch.setattr(platform, "uses_transformer_engine", lambda: True)
+    with pytest.raises(ValueError, match="--reset-attention-mask does nothing with Transformer Engine"):
+        mtpd_config_from_args(parse(parser, reset_attention_mask=True))
+    mtpd_config_from_args(parse(parser, reset_attention_mask=True, transformer_impl="local"))
