@@ -35,6 +35,7 @@ from torch.optim.adam import adam
 WRITTEN_FOR = "0.19.2"
 """Version of megatron-core that the patches were written for and tested with."""
 
+DEVICES = Path("/dev")
 _CPU = torch.device("cpu")
 
 
@@ -85,6 +86,20 @@ def uses_transformer_engine() -> bool:
 
 
 # --- torch without CUDA --------------------------------------------------------------------------------------
+
+
+def unusable_gpus() -> str | None:
+    """What is wrong where this machine has GPUs and torch can use none; None where that is not so, or where
+    CUDA_VISIBLE_DEVICES hides them all."""
+    found = len(list(DEVICES.glob("nvidia[0-9]*")))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not found or hidden or torch.cuda.is_available():
+        return None
+    built = f"is built for CUDA {torch.version.cuda}: its driver is too old" if torch.version.cuda else "is a CPU build"
+    return (
+        f"{found} GPUs are there, and torch {torch.__version__} can use none; it {built}, or they are broken. To run "
+        "on the CPU all the same, set CUDA_VISIBLE_DEVICES to nothing."
+    )
 
 
 class _Stream:

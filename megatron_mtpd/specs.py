@@ -144,6 +144,9 @@ class SDPAttention(MegatronModule):
             visible = torch.ones(sq, sk, dtype=torch.bool, device=query.device).tril(sk - sq)
         else:
             causal = not sees_all
+        if visible is not None and query.size(2) != key.size(2):
+            # On a GPU the kernels whose memory is linear take a mask, or groups, but not both.
+            key, value = (x.repeat_interleave(query.size(2) // x.size(2), dim=2) for x in (key, value))
         dropout = self.dropout if self.training else 0.0
         # Under sequence parallelism the ranks already draw differently, as in Megatron's own module.
         forked = dropout > 0 and not self.config.sequence_parallel

@@ -40,7 +40,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
+        create_attention_mask=_has_mask(args),
     )
 
 
@@ -54,7 +54,7 @@ def train_valid_test_datasets_provider(
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return False  # the first tensor-parallel rank broadcasts to the others
         ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-        return ends or _masks_every_stage(args)
+        return ends or _has_mask(args)
 
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset_class, num_samples, is_built_on_rank, dataset_config(args)).build()
@@ -63,8 +63,9 @@ def train_valid_test_datasets_provider(
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron
 
 
-def _masks_every_stage(args: Namespace) -> bool:
-    """Whether the attention mask says more than that attention is causal, so that the middle stages need it too."""
+def _has_mask(args: Namespace) -> bool:
+    """Whether there is an attention mask: where it would say that attention is causal and no more, which every layer
+    knows, there is none, because kernels without one are faster and need less memory. All stages need it."""
     return args.reset_attention_mask and args.create_attention_mask_in_dataloader
 
 
@@ -78,7 +79,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int |
     args = get_args()
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    if not (first or last or _masks_every_stage(args)):
+    if not (first or last or _has_mask(args)):
         return dict.fromkeys(BATCH_KEYS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -93,7 +94,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int |
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        create_attention_mask_in_dataloader=_has_mask(args),
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,

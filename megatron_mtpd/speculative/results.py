@@ -19,6 +19,7 @@ from typing import Any
 from megatron_mtpd.checkpoint.files import written_whole
 
 SETTINGS = "settings.json"
+FOLDER = "results"
 Run = int | str
 """A number of heads, or `teacher_forced`."""
 
@@ -30,7 +31,7 @@ class Results:
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], rank: int) -> None:
-        self.directory = directory / "results"
+        self.directory = directory / FOLDER
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / SETTINGS
         settings = json.loads(json.dumps(settings))
@@ -69,18 +70,23 @@ class Results:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All results of all ranks, the first of each run and prompt; `rank` says where it comes from."""
-        seen = set()
-        for path in sorted(self.directory.glob("rank*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                try:
-                    record = json.loads(line)
-                    key = record["run"], record["prompt"]
-                except (ValueError, KeyError, TypeError):
-                    continue
-                if key not in seen:
-                    seen.add(key)
-                    yield record | {"rank": path.stem}
+        return read_lines(self.directory.parent)
 
     def done(self) -> set[tuple[Run, int]]:
         """Runs and prompts that need no more work."""
         return {(record["run"], record["prompt"]) for record in self.lines()}
+
+
+def read_lines(directory: Path) -> Iterator[dict[str, Any]]:
+    """As `Results.lines`, of the folder of a benchmark that nobody writes to now."""
+    seen = set()
+    for path in sorted((directory / FOLDER).glob("rank*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+                key = record["run"], record["prompt"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if key not in seen:
+                seen.add(key)
+                yield record | {"rank": path.stem}

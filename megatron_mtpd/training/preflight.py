@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mtpd.platform import unusable_gpus
 from megatron_mtpd.provenance import versions
 
 MODULES = ("megatron.core", "megatron_mtpd")
@@ -123,6 +124,8 @@ def measure(rank: int, local_rank: int, shared: Path) -> Report:
         report.versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore
         name = torch.cuda.get_device_name(local_rank)
         report = replace(report, gpu=name, gpu_memory=(free / 1e9, total / 1e9))
+    elif problem := unusable_gpus():
+        problems.append(problem)
     try:
         _mark(shared, rank).write_text(report.node)
         report = replace(report, disk_free=shutil.disk_usage(shared).free / 1e9)

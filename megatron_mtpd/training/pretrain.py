@@ -45,6 +45,8 @@ def parse(argv: Sequence[str]) -> Namespace:
 
     Raises ValueError for flags that cannot work here, before anything is built.
     """
+    if problem := platform.unusable_gpus():
+        raise ValueError(problem)
     sys.argv[1:] = expand_layer_flags(argv)
     platform.check_flags(sys.argv[1:])
     return parse_and_validate_args(extra_args_provider=add_mtpd_arguments)

@@ -262,6 +262,39 @@ def test_what_works_everywhere_is_accepted(monkeypatch):
     platform.check_flags([*flags.split(), "--moe-token-dispatcher-type", "alltoall", "--recompute-modules", "mlp"])
 
 
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    """Their device files, and a torch that cannot use them."""
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(platform, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_a_cpu(two_gpus, monkeypatch):
+    """A driver that is too old would else be a run that is a thousand times slower."""
+    from megatron_mtpd.training import pretrain
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ValueError, match=r"2 GPUs are there, and torch .* built for CUDA 13\.0: its driver is too old"):
+        pretrain.parse(["--num-layers", "2"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a CPU build" in str(platform.unusable_gpus())
+
+
+@pytest.mark.parametrize(("name", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")])
+def test_gpus_that_are_hidden_are_not_missed(two_gpus, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert platform.unusable_gpus() is None
+
+
+def test_a_machine_without_gpus_is_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert platform.unusable_gpus() is None
+
+
 # --- Adam --------------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,15 @@ def test_measure_counts_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert measure(0, 0, tmp_path).problems == ("4 GPUs for 8 ranks",)
 
 
+def test_measure_reports_gpus_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr("megatron_mtpd.platform.DEVICES", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (problem,) = measure(0, 0, tmp_path).problems
+    assert problem.startswith("1 GPUs are there, and torch")
+
+
 def test_measure_reads_the_memory_of_the_rank_s_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
