@@ -30,6 +30,15 @@ PLAIN_MTP = ["--mtpd-beta", "0", *WITH_OUTPUT]
 AS_PUBLISHED = ["--mtpd-distill-start", "0", *WITH_OUTPUT]
 
 
+def keep_settings(out: Path, settings: dict) -> None:
+    """Stages of other settings must not be taken for those of this run."""
+    path = out / "settings.json"
+    if path.exists() and (found := json.loads(path.read_text())) != settings:
+        sys.exit(f"{out} was made with other options ({found}): name another --output, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
 def prepare_data(folder: Path) -> tuple[Path, Path]:
     """Tokenizer and dataset of Python's standard library, made once: the tokenizer's file and the dataset's prefix."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report import draw, summarize, table
-from toy import PLAIN_MTP, ROOT, prepare_data, train, training_command
+from toy import PLAIN_MTP, ROOT, keep_settings, prepare_data, train, training_command
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.checkpoint.iterations import read_tracker
@@ -106,15 +106,6 @@ def main() -> None:
     print(table(document["stages"]))
     shown = os.path.relpath(out)
     print(f"\nPicture: {shown}/looped_extension.png, all numbers: {shown}/looped_extension.json")
-
-
-def keep_settings(out: Path, settings: dict) -> None:
-    """Stages of other settings must not be taken for those of this run."""
-    path = out / "settings.json"
-    if path.exists() and (found := json.loads(path.read_text())) != settings:
-        sys.exit(f"{out} was made with other options ({found}): name another --output, or delete it.")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
 
 
 def write_prompts(path: Path, count: int) -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from toy import final_validation
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.provenance import provenance
+from megatron_mtpd.speculative.results import read_lines
 
 SHOWN = (1, 2, 3, 4, 8, 16)
 
@@ -18,10 +21,14 @@ SHOWN = (1, 2, 3, 4, 8, 16)
 def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]) -> str:
     """Write all three into `out`, and return the text of RESULTS.md. `stages`: each with its folder."""
     rows = [_row(stage, folder) for stage, folder in stages]
+    folders = {stage.name: folder for stage, folder in stages}
+    gains = {how: gain(folders["mtp"] / how, folders["mtpd"] / how) for how in ("acceptance", "sampled")}
     speed = json.loads((out / "speed" / "acceptance.json").read_text())
     theirs = json.loads((out / "speed" / "transformers.json").read_text())
     generated = json.loads((out / "generated" / "summary.json").read_text())
-    found = {"stages": rows, "speed": speed["runs"], "transformers": theirs, "generated": generated}
+    found = {"stages": rows, "gains": gains, "speed": speed["runs"], "transformers": theirs, "generated": generated}
+    if (path := out / "vllm" / "compared.json").exists():
+        found["vllm"] = json.loads(path.read_text())
     document = {**found, "options": options, "provenance": provenance()}
     text = markdown(document, rows)
     with written_whole(out / "retrofit_smollm2.json") as file:
@@ -34,9 +41,10 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
 
 def _row(stage: Any, folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "acceptance" / "acceptance.json").read_text())
-    run = next(run for run in found["runs"] if run["num_heads"] == stage.heads)
+    run = _of_heads(found, stage.heads)
     forced = found["teacher_forced"]
     names = ("cumulative_acceptance_rate", "cumulative_acceptance_rate_interval", "acceptance_length", "num_drafts")
+    sampled = folder / "sampled" / "acceptance.json"
     command = ["--tensorboard-dir", str(folder / "tensorboard")]
     return {
         "name": stage.name,
@@ -49,51 +57,106 @@ def _row(stage: Any, folder: Path) -> dict[str, Any]:
         "benchmarks": {name: {n: one[n] for n in names} for name, one in run["benchmarks"].items()},
         "equal": run["outputs_equal_to_plain"],
         "num_prompts": found["num_prompts"],
+        "sampled": _sampled(json.loads(sampled.read_text()), stage.heads) if sampled.exists() else None,
         "validation": final_validation(command) if stage.trains else None,
     }
 
 
+def _of_heads(found: dict[str, Any], heads: int) -> dict[str, Any]:
+    return next(run for run in found["runs"] if run["num_heads"] == heads)
+
+
+def _sampled(found: dict[str, Any], heads: int) -> dict[str, Any]:
+    run = _of_heads(found, heads)
+    names = ("cumulative_acceptance_rate", "acceptance_length", "num_drafts")
+    return {"num_prompts": found["num_prompts"], **{name: run[name] for name in names}}
+
+
+def gain(plain: Path, distilled: Path, head: int = 4, resamples: int = 10_000) -> dict[str, float]:
+    """CAR of a head, the second's less the first's, in points, with its 95 % interval: a bootstrap over prompts, which
+    both have answered, because the drafts of one prompt are alike."""
+    counts = [_counts(folder, head) for folder in (plain, distilled)]
+    prompts = sorted(counts[0].keys() & counts[1].keys())
+    table = np.array([[counts[which][prompt] for prompt in prompts] for which in (0, 1)], dtype=float)
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(prompts), size=(resamples, len(prompts)))
+    accepted, drafts = (table[:, :, column][:, drawn].sum(-1) for column in (0, 1))
+    differences = 100 * (accepted[1] / drafts[1] - accepted[0] / drafts[0])
+    rates = 100 * table[:, :, 0].sum(1) / table[:, :, 1].sum(1)
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return {"points": float(rates[1] - rates[0]), "low": float(low), "high": float(high), "prompts": len(prompts)}
+
+
+def _counts(folder: Path, head: int) -> dict[int, tuple[int, int]]:
+    """By prompt: drafts whose first `head` tokens were accepted, and all drafts."""
+    found = {}
+    for line in read_lines(folder):
+        acceptance = line.get("acceptance", {})
+        if line["run"] == 4 and acceptance.get("num_drafts"):
+            found[line["prompt"]] = (acceptance["num_accepted_tokens_per_pos"][head - 1], acceptance["num_drafts"])
+    return found
+
+
 def markdown(document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The results as a page."""
-    options, source, speed = document["options"], document["provenance"], document["speed"]
-    first, plain = rows[0], document["speed"][0]["tokens_per_second"]
-    by_name = {row["name"]: row for row in rows}
-    hardware, generated = source["hardware"], document["generated"]
+    lines = [*_introduction(document, rows), *_acceptance(rows, document["gains"]), *_speed(document)]
+    if "vllm" in document:
+        lines += _vllm(document["vllm"])
+    return "\n".join(lines) + "\n"
+
+
+def _introduction(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    options, source, generated = document["options"], document["provenance"], document["generated"]
+    hardware = source["hardware"]
     machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware.get('cores', '?')} cores"
     tokens = options["steps"] * options["batch"] * 256
-    best = max(speed[1:], key=lambda run: run["tokens_per_second"])
-    theirs = document["transformers"]
-    names = ("steps", "batch", "lr", "questions", "prompts")
-    shown = [k for k in SHOWN if k <= max(row["heads"] for row in rows)]
-    flags = " ".join([*(f"--{name} {options[name]:g}" for name in names), *["--further"][: options["further"]]])
-    lines = [
-        "# SmolLM2-135M-Instruct with four heads",
+    losses = " or ".join(dict.fromkeys(f"{row['main_loss']:.4f}" for row in rows))
+    return [
+        f"# {options['model'] or 'SmolLM2-135M-Instruct'} with four heads",
         "",
-        f"`python examples/retrofit_smollm2/run.py {flags}`, {source['date']}, commit "
-        f"{(source['commit'] or 'unknown')[:10]}, {machine}, bf16. One seed.",
+        f"`{_command(options)}`, {source['date']}, commit {(source['commit'] or 'unknown')[:10]}, {machine}, "
+        f"{options['dtype']}. One seed.",
         "",
         f"Each variant's heads saw {tokens:,} tokens: half Python's standard library, half from the "
         f"{generated['tokens']:,} tokens of {generated['documents']} questions and answers that the model wrote. "
-        f"Measured greedily on {first['num_prompts']} prompts, half of HumanEval, half questions of MMLU and GSM8K in "
-        "the chat template; none was trained on.",
+        f"Measured on {rows[0]['num_prompts']} prompts, half of HumanEval, half questions of MMLU and GSM8K in the "
+        "chat template, up to 64 tokens each or the end of the answer; none was trained on.",
         "",
         "The trunk was frozen, so the main head is the same in every row, by construction: its loss on the prompts is "
-        f"{_losses(rows)} nats a token, and the output is what it was without heads.",
+        f"{losses} nats a token, and the output is what it was without heads.",
         "",
+    ]
+
+
+def _command(options: dict[str, Any]) -> str:
+    words = ["python", "examples/retrofit_smollm2/run.py"]
+    for name in ("steps", "batch", "lr", "questions", "prompts", "dtype", "seed"):
+        words += [f"--{name}", f"{options[name]:g}" if isinstance(options[name], float) else str(options[name])]
+    if options["model"]:
+        words += ["--model", str(options["model"])]
+    if options["further"]:
+        words += ["--further", "--new-steps", str(options["new_steps"])]
+    return shlex.join(words)
+
+
+def _acceptance(rows: list[dict[str, Any]], gains: dict[str, dict[str, float]]) -> list[str]:
+    first = rows[0]
+    shown = [k for k in SHOWN if k <= max(row["heads"] for row in rows)]
+    lines = [
         "## Acceptance",
         "",
-        "CAR_k: heads 1 to k all accepted, in % of the drafts; for k = 4 with its 95 % interval. Overlap 1: how often "
-        "head 1 is accepted when drafts are sampled, in %, on the prompts' own text.",
+        "Greedy. CAR_k: heads 1 to k all accepted, in % of the drafts; for k = 4 with its 95 % interval, which takes "
+        "drafts as independent.",
         "",
-        "| heads | " + " | ".join(f"CAR_{k}" for k in shown) + " | CAR_4 between | tokens/step | overlap 1 | drafts |",
-        "|---" * (len(shown) + 5) + "|",
+        "| heads | " + " | ".join(f"CAR_{k}" for k in shown) + " | CAR_4 between | tokens/step | drafts |",
+        "|---" * (len(shown) + 4) + "|",
     ]
     for row in rows:
         rates = [_percent(row["cumulative_acceptance_rate"], k) for k in shown]
         low, high = row["cumulative_acceptance_rate_interval"][3]
         lines.append(
             f"| {row['title']}{'' if row['trained'] else ', untrained'} | {' | '.join(rates)} | {100 * low:.2f} - "
-            f"{100 * high:.2f} | {row['acceptance_length']:.3f} | {100 * row['overlap'][0]:.1f} | {row['num_drafts']} |"
+            f"{100 * high:.2f} | {row['acceptance_length']:.3f} | {row['num_drafts']} |"
         )
     lines += ["", "By benchmark, CAR_1 and CAR_4 (%):", "", "| heads | " + " | ".join(first["benchmarks"]) + " |"]
     lines.append("|---" * (len(first["benchmarks"]) + 1) + "|")
@@ -103,12 +166,34 @@ def markdown(document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             rates = one["cumulative_acceptance_rate"]
             cells.append(f"{_percent(rates, 1)}, {_percent(rates, 4)}")
         lines.append(f"| {row['title']} | {' | '.join(cells)} |")
-    lines += ["", compared(by_name["mtp"], by_name["mtpd"]), "", "![acceptance](retrofit_smollm2.png)", ""]
+    sampled = [row for row in rows if row["sampled"]]
     lines += [
+        "",
+        f"Sampled at temperature 1, drafts too (rejection sampling), on {sampled[0]['sampled']['num_prompts']} of the "
+        "prompts:",
+        "",
+        "| heads | " + " | ".join(f"CAR_{k}" for k in range(1, 5)) + " | tokens/step | drafts |",
+        "|---" * 7 + "|",
+    ]
+    for row in sampled:
+        found = row["sampled"]
+        rates = [_percent(found["cumulative_acceptance_rate"], k) for k in range(1, 5)]
+        lines.append(
+            f"| {row['title']} | {' | '.join(rates)} | {found['acceptance_length']:.3f} | {found['num_drafts']} |"
+        )
+    lines += ["", *(compared(how, gains[name]) for how, name in (("Greedy", "acceptance"), ("Sampled", "sampled")))]
+    return [*lines, "", "![acceptance](retrofit_smollm2.png)", ""]
+
+
+def _speed(document: dict[str, Any]) -> list[str]:
+    speed, theirs = document["speed"], document["transformers"]
+    plain, best = speed[0]["tokens_per_second"], max(speed[1:], key=lambda run: run["tokens_per_second"])
+    lines = [
         "## Speed",
         "",
         f"MTP-D's heads, one sequence at a time, {theirs['threads']} threads, {speed[0]['num_prompts']} prompts, "
-        f"{speed[0]['num_tokens'] // speed[0]['num_prompts']} tokens each, prompts' passes included.",
+        f"{speed[0]['num_tokens'] // speed[0]['num_prompts']} tokens each whatever the model ends, prompts' passes "
+        "included.",
         "",
         "| decoding | tokens/s | x transformers | x plain | tokens/step |",
         "|---|---|---|---|---|",
@@ -122,26 +207,36 @@ def markdown(document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             f"| ours, {name} | {rate:.1f} | {rate / theirs['tokens_per_second']:.2f} | {rate / plain:.2f} | "
             f"{run['acceptance_length'] or 1:.2f} |"
         )
-    lines += [
+    rounding = " In bf16, passes over other numbers of tokens round otherwise, which decides near ties."
+    return [
+        *lines,
         "",
         f"Fastest with heads: {best['num_heads']}, at {best['tokens_per_second'] / theirs['tokens_per_second']:.2f} "
         f"times the speed of transformers' plain decoding. Our plain outputs equal to transformers': "
         f"{theirs['outputs_equal_to_ours']}; with heads equal to ours without: "
-        f"{', '.join(run['outputs_equal_to_plain'] for run in speed[1:])}. In bf16 passes over other numbers of "
-        "tokens round otherwise, which decides near ties.",
+        f"{', '.join(run['outputs_equal_to_plain'] for run in speed[1:])}."
+        + (rounding if document["options"]["dtype"] == "bf16" else ""),
+        "",
     ]
-    return "\n".join(lines) + "\n"
 
 
-def compared(plain: dict[str, Any], distilled: dict[str, Any]) -> str:
+def _vllm(found: dict[str, Any]) -> list[str]:
+    return [
+        "## In vLLM",
+        "",
+        f"vLLM {found['version']} on the CPU, fp32, greedy, with the four heads of the export: tokens equal to ours on "
+        f"{found['equal_tokens']} of {found['prompts']} prompts. Accepted drafts by position: "
+        + ", ".join(f"{who} {found['accepted_per_pos'][who]} of {found['drafts'][who]}" for who in ("vllm", "ours"))
+        + " (with `--mask-position-0`).",
+    ]
+
+
+def compared(how: str, gain: dict[str, float]) -> str:
     """Whether self-distillation gains more at head 4 than chance explains."""
-    a, b = (row["cumulative_acceptance_rate"][3] for row in (plain, distilled))
-    # The 95 % interval of a difference of two independent rates, from the normal distribution.
-    spread = 1.96 * sum(x * (1 - x) / row["num_drafts"] for x, row in ((a, plain), (b, distilled))) ** 0.5
-    verdict = "more than" if abs(b - a) > spread else "within"
+    verdict = "more than chance explains" if gain["low"] > 0 or gain["high"] < 0 else "within what chance explains"
     return (
-        f"CAR_4 of MTP-D less that of plain MTP: {100 * (b - a):+.2f} points, {verdict} its 95 % interval of "
-        f"{100 * spread:.2f} either way."
+        f"{how}: CAR_4 of MTP-D less that of plain MTP is {gain['points']:+.2f} points, 95 % interval "
+        f"{gain['low']:+.2f} to {gain['high']:+.2f} (bootstrap over {gain['prompts']} prompts): {verdict}."
     )
 
 
@@ -149,10 +244,6 @@ def vllm_command(folder: Path, heads: int = 4) -> str:
     """What serves the export."""
     config = json.dumps({"method": "mtp", "num_speculative_tokens": heads})
     return f"VLLM_MLA_DISABLE=1 VLLM_USE_V2_MODEL_RUNNER=1 vllm serve {folder} --speculative-config '{config}'"
-
-
-def _losses(rows: list[dict[str, Any]]) -> str:
-    return " or ".join(dict.fromkeys(f"{row['main_loss']:.4f}" for row in rows))
 
 
 def _percent(rates: list[float | None], k: int) -> str:
@@ -172,7 +263,12 @@ def draw(rows: list[dict[str, Any]], speed: list[dict[str, Any]], theirs: dict[s
         rates = [100 * (rate or 0.0) for rate in row["cumulative_acceptance_rate"]]
         style = "-" if row["trained"] else "--"
         curves.plot(range(1, len(rates) + 1), rates, style, marker=".", color=f"C{number}", label=row["title"])
-    curves.set(title="heads 1 to k all accepted, greedy", xlabel="k", ylabel="% of drafts", xlim=(0.8, 8.2))
+    curves.set(
+        title="heads 1 to k all accepted, greedy",
+        xlabel="k",
+        ylabel="% of drafts",
+        xticks=range(1, max(row["heads"] for row in rows) + 1),
+    )
     curves.set_ylim(0, None)
     curves.legend(fontsize=8)
     bars.bar([str(run["num_heads"]) for run in speed], [run["tokens_per_second"] for run in speed])

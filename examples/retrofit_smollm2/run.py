@@ -2,10 +2,10 @@
 
 SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four random heads. Its trunk stays frozen, so
 that it says what it said before, whatever the heads are worth. The heads are trained on Python's standard library and
-on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured, greedily, on prompts
-that nothing was trained on. MTP-D's are exported for transformers and vLLM with the measured acceptance in the model
-card, and timed against transformers' plain decoding. `--further` adds the LK objective, a start from copies of the
-trunk's last layer, and MTP-D's heads copied to 8 and 16. RESULTS.md says what came of it.
+on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured, greedily and sampled, on
+prompts that nothing was trained on. MTP-D's are exported for transformers and vLLM with the measured acceptance in the
+model card, and timed against transformers' plain decoding. `--further` adds the LK objective, a start from copies of
+the trunk's last layer, and MTP-D's heads copied to 8 and 16. RESULTS.md says what came of it.
 
 Two cores take half an hour, and as long again with `--further`; what is done is not done again, so that it can be
 stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000 --prompts 150
@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import packages
 import report
-from toy import PLAIN_MTP, ROOT, train
+import torch
+from toy import PLAIN_MTP, ROOT, keep_settings, train
 
 from megatron_mtpd.checkpoint.iterations import read_tracker
 from megatron_mtpd.data.tokenizers import HuggingFaceTokenizer
@@ -35,7 +36,9 @@ from megatron_mtpd.speculative.chat import user_turn
 
 HEADS, SEQ_LENGTH, LONGEST = 4, 256, 1024
 NEW_TOKENS = 64
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 CORES = len(os.sched_getaffinity(0))
+RANKS = torch.cuda.device_count() or CORES
 # glibc gives large blocks back to the system at once, whose pages are then zeroed again and again: half the time.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
 
@@ -58,11 +61,19 @@ FURTHER = (
     Stage("lk", "LK", flags=("--mtpd-objective", "lk")),
     Stage("mtpd-last-layer", "MTP-D from the last layer", init="last-layer"),
 )
-LOOPED = (
-    Stage("8-copied", "MTP-D, copied to 8", heads=8, source="mtpd", trains=False),
-    Stage("16-copied", "MTP-D, copied to 16", heads=16, source="8-copied", trains=False),
-    Stage("8", "MTP-D, 8 heads", flags=("--mtpd-train", "new-heads"), heads=8, source="8-copied"),
-)
+
+
+def looped(new_steps: int) -> list[Stage]:
+    """MTP-D's heads copied to 8 and 16, and with `new_steps` heads 5 to 8 trained, and copied to 16 then."""
+    stages = [Stage("8-copied", "MTP-D, copied to 8", heads=8, source="mtpd", trains=False)]
+    if not new_steps:
+        return [*stages, Stage("16-copied", "MTP-D, copied to 16", heads=16, source="8-copied", trains=False)]
+    trained = f"8-after-{new_steps}"
+    return [
+        *stages,
+        Stage(trained, "MTP-D, 8 heads", flags=("--mtpd-train", "new-heads"), heads=8, source="8-copied"),
+        Stage(f"16-of-{trained}", "MTP-D, 8 copied to 16", heads=16, source=trained, trains=False),
+    ]
 
 
 def main() -> None:
@@ -71,9 +82,10 @@ def main() -> None:
         epilog="example: python examples/retrofit_smollm2/run.py --steps 100 --questions 100",
     )
     add = parser.add_argument
-    add("--steps", type=int, default=200, help="of each variant's training [%(default)s]")
+    add("--steps", type=int, default=120, help="of each variant's training [%(default)s]")
     add("--further", action="store_true", help="also LK, a start from the last layer, and heads copied to 8 and 16")
     add("--new-steps", type=int, default=0, help="of training heads 5 to 8, then; 0: copies alone [%(default)s]")
+    add("--dtype", choices=("fp32", "bf16"), help="of all weights [bf16 on a GPU, fp32 on a CPU: few are fast in bf16]")
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
     add("--lr", type=float, default=2e-3, help="[%(default)s]")
     add("--questions", type=int, default=160, help="that the model asks itself, and answers [%(default)s]")
@@ -83,7 +95,15 @@ def main() -> None:
     add("--output", type=Path, default=ROOT / "runs" / "retrofit_smollm2", metavar="DIR", help="[%(default)s]")
     add("--model", type=Path, metavar="PATH", help="another instruct model, as convert_hf.py takes it")
     options = parser.parse_args()
-    least = {"steps": 2, "new_steps": 0, "batch": 1, "questions": 50, "prompts": 1}  # some questions are validated on
+    options.dtype = options.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    least = {
+        "steps": 2,
+        "new_steps": 0,
+        "batch": 1,
+        "questions": 50,
+        "prompts": 1,
+        "at_once": 1,
+    }  # some questions are validated on
     for name, value in least.items():
         if getattr(options, name) < value:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {value}.")
@@ -96,8 +116,8 @@ class Retrofit:
     def __init__(self, options: argparse.Namespace, out: Path) -> None:
         self.options, self.out = options, out
         os.environ.update(KEEP_MEMORY)
-        kept = ("steps", "batch", "lr", "questions", "prompts", "seed")
-        keep_settings(out, {name: getattr(options, name) for name in kept})
+        kept = ("steps", "batch", "lr", "questions", "prompts", "seed", "dtype", "model")
+        keep_settings(out, {name: str(getattr(options, name)) for name in kept})
         self.packages = out / "packages"
         self.packages.mkdir(exist_ok=True)
 
@@ -110,8 +130,10 @@ class Retrofit:
         self.train(COMPARED, self.options.steps)
         for stage in COMPARED:
             self.measure(stage)
+            self.measure_sampled(stage)
         exported = {form: self.export("mtpd", form) for form in ("transformers", "deepseek-v3")}
         self.measure_speed("mtpd", exported["transformers"])
+        self.compare_vllm("mtpd", exported["deepseek-v3"])
         stages = [*COMPARED, *(self.further() if self.options.further else ())]
         folders = [(stage, self.folder(stage.name)) for stage in stages]
         print(report.write(folders, self.out, vars(self.options)))
@@ -120,12 +142,15 @@ class Retrofit:
     def further(self) -> list[Stage]:
         """What is not needed for the comparison of plain MTP and MTP-D."""
         self.train(FURTHER, self.options.steps)
-        looped = LOOPED if self.options.new_steps else LOOPED[:-1]
-        for stage in looped:
-            self.train([stage], self.options.new_steps) if stage.trains else self.extend(stage)
-        for stage in (*FURTHER, *looped):
+        stages = [*FURTHER, *looped(self.options.new_steps)]
+        for stage in stages[len(FURTHER) :]:
+            if stage.trains:
+                self.train([stage], self.options.new_steps)
+            else:
+                self.extend(stage)
+        for stage in stages:
             self.measure(stage)
-        return [*FURTHER, *looped]
+        return stages
 
     def imported(self, init: str) -> Path:
         return self.out / "imported" / init
@@ -142,7 +167,8 @@ class Retrofit:
         save = self.imported(init)
         if read_tracker(save) is None:
             source = self.options.model or packages.model(self.packages)
-            words = ["import", "--hf", source, "--save", save, "--num-heads", HEADS, "--init", init, "--dtype", "bf16"]
+            words = ["import", "--hf", source, "--save", save, "--num-heads", HEADS, "--init", init]
+            words += ["--dtype", self.options.dtype]
             tool("convert_hf.py", *words, "--max-position-embeddings", LONGEST)
 
     def real_text(self) -> Path:
@@ -153,7 +179,7 @@ class Retrofit:
         if not (folder / "generated.jsonl").exists():
             words = ["--load", model, "--output", folder, "--questions", self.options.questions, "--batch-size", 64]
             words += ["--max-new-tokens", 192, "--temperature", 0.6, "--seed", self.options.seed]
-            tool("generate_data.py", *words, ranks=CORES)
+            tool("generate_data.py", *words, ranks=RANKS)
         return self.tokenized("own", "--input", folder / "generated.jsonl", "--json-key", "tokens")
 
     def tokenized(self, name: str, *words: object) -> Path:
@@ -201,17 +227,25 @@ class Retrofit:
             tool("loop_extend.py", *words)
 
     def measure(self, stage: Stage) -> None:
-        """Acceptance with all heads, and the main head's loss; all cores, and no claim on speed."""
+        """Greedy acceptance with all heads, and the main head's loss; all cores, and no claim on speed."""
         results = self.folder(stage.name) / "acceptance"
         if not done(results / "acceptance.json"):
-            self.benchmark(stage.name, results, self.prompts, [stage.heads], "--batch-size", 16, ranks=CORES)
+            self.benchmark(stage.name, results, self.prompts, [stage.heads], "--batch-size", 16, ranks=RANKS)
+
+    def measure_sampled(self, stage: Stage) -> None:
+        """Acceptance by rejection sampling, at temperature 1, of half the prompts."""
+        results = self.folder(stage.name) / "sampled"
+        if not done(results / "acceptance.json"):
+            words = ["--batch-size", 16, "--temperature", 1, "--draft", "sampled", "--limit"]
+            words.append(max(1, self.options.prompts // 2))
+            self.benchmark(stage.name, results, self.prompts, [stage.heads], *words, ranks=RANKS)
 
     def benchmark(
         self, stage: str, results: Path, prompts: list[Path], heads: Iterable[int], *words: object, ranks: int = 1
     ) -> None:
         words = ("--load", self.checkpoints(stage), "--prompts", *prompts, "--output", results, *words)
         words = (*words, "--num-heads", *heads, "--max-new-tokens", NEW_TOKENS, "--max-prompt-tokens", 512)
-        tool("benchmark_acceptance.py", *words, "--ignore-eod", ranks=ranks)
+        tool("benchmark_acceptance.py", *words, ranks=ranks)
 
     def export(self, stage: str, form: str) -> Path:
         """The folder that transformers or vLLM reads."""
@@ -224,24 +258,26 @@ class Retrofit:
 
     def measure_speed(self, stage: str, exported: Path) -> None:
         """One sequence at a time with all cores: what one reader sees, ours and transformers'."""
-        results, few = (
-            self.out / "speed",
-            packages.write_prompts(self.packages, self.turn, min(6, self.options.prompts)),
-        )
+        results = self.out / "speed"
+        few = packages.write_prompts(self.packages, self.turn, min(6, self.options.prompts))
         if not done(results / "acceptance.json"):
-            self.benchmark(stage, results, few, range(1, HEADS + 1), "--batch-size", 1)
+            self.benchmark(stage, results, few, range(1, HEADS + 1), "--batch-size", 1, "--ignore-eod")
         if not (results / "transformers.json").exists():
             words = ("--model", exported, "--results", results, "--new-tokens", NEW_TOKENS, "--prompts", *few)
             call([Path(__file__).with_name("transformers_speed.py"), *words], CORES)
 
-
-def keep_settings(out: Path, settings: dict) -> None:
-    """Stages of other settings must not be taken for those of this run."""
-    path = out / "settings.json"
-    if path.exists() and (found := json.loads(path.read_text())) != settings:
-        sys.exit(f"{out} was made with other options ({found}): name another --output, or delete it.")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
+    def compare_vllm(self, stage: str, exported: Path) -> None:
+        """In vLLM what the export is for, where `make test-serving` has made an environment with it."""
+        results = self.out / "vllm"
+        if not VLLM.exists():
+            print(f"\nNot run in vLLM: there is no {VLLM.relative_to(ROOT)}; `make test-serving` makes it.")
+        elif not (results / "compared.json").exists():
+            few = packages.write_prompts(self.packages, self.turn, min(6, self.options.prompts))
+            words = ["--batch-size", 1, "--ignore-eod", "--mask-position-0"]
+            if not done(results / "acceptance.json"):
+                self.benchmark(stage, results, few, [HEADS], *words)
+            words = ["--model", exported, "--prompts", *few, "--results", results, "--new-tokens", NEW_TOKENS]
+            call([Path(__file__).with_name("vllm_check.py"), *words, "--python", VLLM], CORES)
 
 
 def done(acceptance: Path) -> bool:

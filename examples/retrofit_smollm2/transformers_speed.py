@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.speculative.prompts import read_prompts
+from megatron_mtpd.speculative.results import read_lines
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--max-prompt-tokens", type=int, default=512, help="[%(default)s]")
     options = parser.parse_args()
 
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
     model.generation_config.eos_token_id = None  # go on behind the end, as the benchmark does
     if torch.cuda.is_available():
         model.cuda()
@@ -61,9 +62,7 @@ def main() -> None:
 
 def _plain_outputs(results: Path) -> dict[int, list[int]]:
     """New tokens of each prompt by plain decoding, as the benchmark kept them."""
-    (path,) = (results / "results").glob("rank*.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return {line["prompt"]: line["tokens"] for line in lines if line["run"] == 0}
+    return {line["prompt"]: line["tokens"] for line in read_lines(results) if line["run"] == 0}
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ def test_vllm_gives_our_tokens_and_accepts_our_drafts(
     export_hf(tmp_path / "ours", tmp_path / "out", "deepseek-v3")
     prompts = toy_prompts(number, held)
     expected = ours(tmp_path / "ours", prompts, new_tokens, used)
-    assert vllm(tmp_path / "out", prompts, new_tokens, used) == expected
+    found = vllm(tmp_path / "out", prompts, new_tokens, used)
+    assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("broken", range(HEADS))

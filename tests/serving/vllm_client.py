@@ -2,7 +2,8 @@
 
     python vllm_client.py < questions > answers
 
-A question is a line of JSON: `folder`, `heads` (draft tokens a step), `prompts` (lists of token ids), `new_tokens`. The
+A question is a line of JSON: `folder`, `heads` (draft tokens a step), `prompts` (lists of token ids), `new_tokens`, and
+`max_model_len` where a prompt with its new tokens is longer than 256. The
 prompts run as one batch, in an engine of their own. Its answer is a line too: of each prompt its `tokens`, and how many
 drafts each of its steps `accepted`; and vLLM's counters over all, `num_drafts` and `num_accepted_tokens_per_pos`.
 """
@@ -64,7 +65,10 @@ def use_triton_on_cpu() -> None:
     triton.runtime.driver.set_active(Driver())
 
 
-def answer(folder: str, heads: int, prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
+def answer(
+    folder: str, heads: int, prompts: list[list[int]], new_tokens: int, max_model_len: int = 256
+) -> dict[str, object]:
+    import vllm
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -74,7 +78,7 @@ def answer(folder: str, heads: int, prompts: list[list[int]], new_tokens: int) -
         enforce_eager=True,
         dtype="float32",
         gpu_memory_utilization=0.1,
-        max_model_len=256,
+        max_model_len=max_model_len,
         max_num_seqs=len(prompts),
         disable_log_stats=False,
         per_request_spec_decode_metrics="detailed",
@@ -87,6 +91,7 @@ def answer(folder: str, heads: int, prompts: list[list[int]], new_tokens: int) -
     outputs = [output.outputs[0] for output in llm.generate(asked, settings, use_tqdm=False)]
     counters = {metric.name: metric for metric in llm.get_metrics()}
     found = {
+        "version": vllm.__version__,
         "tokens": [list(output.token_ids) for output in outputs],
         "accepted": [output.spec_decode_metrics.per_step_accepted for output in outputs],
         "num_drafts": counters["vllm:spec_decode_num_drafts"].value,
