@@ -72,28 +72,30 @@ def _sampled(found: dict[str, Any], heads: int) -> dict[str, Any]:
     return {"num_prompts": found["num_prompts"], **{name: run[name] for name in names}}
 
 
-def gain(plain: Path, distilled: Path, head: int = 4, resamples: int = 10_000) -> dict[str, float]:
-    """CAR of a head, the second's less the first's, in points, with its 95 % interval: a bootstrap over prompts, which
-    both have answered, because the drafts of one prompt are alike."""
-    counts = [_counts(folder, head) for folder in (plain, distilled)]
+def gain(plain: Path, distilled: Path, heads: int = 4, resamples: int = 10_000) -> list[dict[str, float]]:
+    """CAR_1, CAR_2, ... of the second less the first's, in points, with their 95 % intervals: a bootstrap over the
+    prompts, which both have answered, because the drafts of one prompt are alike."""
+    counts = [_counts(folder, heads) for folder in (plain, distilled)]
     prompts = sorted(counts[0].keys() & counts[1].keys())
     table = np.array([[counts[which][prompt] for prompt in prompts] for which in (0, 1)], dtype=float)
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(prompts), size=(resamples, len(prompts)))
-    accepted, drafts = (table[:, :, column][:, drawn].sum(-1) for column in (0, 1))
-    differences = 100 * (accepted[1] / drafts[1] - accepted[0] / drafts[0])
-    rates = 100 * table[:, :, 0].sum(1) / table[:, :, 1].sum(1)
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return {"points": float(rates[1] - rates[0]), "low": float(low), "high": float(high), "prompts": len(prompts)}
+    drawn = np.random.default_rng(0).integers(len(prompts), size=(resamples, len(prompts)))
+    found = []
+    for head in range(heads):
+        accepted, drafts = table[:, :, head], table[:, :, heads]
+        rates = 100 * accepted.sum(1) / drafts.sum(1)
+        sampled = 100 * accepted[:, drawn].sum(2) / drafts[:, drawn].sum(2)
+        low, high = np.percentile(sampled[1] - sampled[0], [2.5, 97.5])
+        found.append({"points": float(rates[1] - rates[0]), "low": float(low), "high": float(high)})
+    return found
 
 
-def _counts(folder: Path, head: int) -> dict[int, tuple[int, int]]:
-    """By prompt: drafts whose first `head` tokens were accepted, and all drafts."""
+def _counts(folder: Path, heads: int) -> dict[int, list[int]]:
+    """By prompt, of the run with so many heads: drafts whose first 1, 2, ... tokens were accepted, and all drafts."""
     found = {}
     for line in read_lines(folder):
         acceptance = line.get("acceptance", {})
-        if line["run"] == 4 and acceptance.get("num_drafts"):
-            found[line["prompt"]] = (acceptance["num_accepted_tokens_per_pos"][head - 1], acceptance["num_drafts"])
+        if line["run"] == heads and acceptance.get("num_drafts"):
+            found[line["prompt"]] = [*acceptance["num_accepted_tokens_per_pos"], acceptance["num_drafts"]]
     return found
 
 
@@ -139,7 +141,7 @@ def _command(options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _acceptance(rows: list[dict[str, Any]], gains: dict[str, dict[str, float]]) -> list[str]:
+def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, float]]]) -> list[str]:
     first = rows[0]
     shown = [k for k in SHOWN if k <= max(row["heads"] for row in rows)]
     lines = [
@@ -181,7 +183,19 @@ def _acceptance(rows: list[dict[str, Any]], gains: dict[str, dict[str, float]]) 
         lines.append(
             f"| {row['title']} | {' | '.join(rates)} | {found['acceptance_length']:.3f} | {found['num_drafts']} |"
         )
-    lines += ["", *(compared(how, gains[name]) for how, name in (("Greedy", "acceptance"), ("Sampled", "sampled")))]
+    lines += [
+        "",
+        "MTP-D less plain MTP, in points, with the 95 % interval of a bootstrap over the prompts:",
+        "",
+        "| | " + " | ".join(f"CAR_{k}" for k in range(1, 5)) + " |",
+        "|---" * 5 + "|",
+    ]
+    for how, name in (("greedy", "acceptance"), ("sampled", "sampled")):
+        cells = [f"{x['points']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" for x in gains[name]]
+        lines.append(f"| {how} | {' | '.join(cells)} |")
+    last = gains["acceptance"][3]
+    verdict = "more" if last["low"] > 0 or last["high"] < 0 else "no more"
+    lines += ["", f"Greedily, CAR_4 differs by {verdict} than chance explains."]
     return [*lines, "", "![acceptance](retrofit_smollm2.png)", ""]
 
 
@@ -229,15 +243,6 @@ def _vllm(found: dict[str, Any]) -> list[str]:
         + ", ".join(f"{who} {found['accepted_per_pos'][who]} of {found['drafts'][who]}" for who in ("vllm", "ours"))
         + " (with `--mask-position-0`).",
     ]
-
-
-def compared(how: str, gain: dict[str, float]) -> str:
-    """Whether self-distillation gains more at head 4 than chance explains."""
-    verdict = "more than chance explains" if gain["low"] > 0 or gain["high"] < 0 else "within what chance explains"
-    return (
-        f"{how}: CAR_4 of MTP-D less that of plain MTP is {gain['points']:+.2f} points, 95 % interval "
-        f"{gain['low']:+.2f} to {gain['high']:+.2f} (bootstrap over {gain['prompts']} prompts): {verdict}."
-    )
 
 
 def vllm_command(folder: Path, heads: int = 4) -> str:

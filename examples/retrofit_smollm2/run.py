@@ -94,6 +94,7 @@ def main() -> None:
     add("--seed", type=int, default=1234, help="[%(default)s]")
     add("--output", type=Path, default=ROOT / "runs" / "retrofit_smollm2", metavar="DIR", help="[%(default)s]")
     add("--model", type=Path, metavar="PATH", help="another instruct model, as convert_hf.py takes it")
+    add("--vllm", type=Path, default=VLLM, metavar="PYTHON", help="that has vLLM [what make test-serving makes]")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     least = {
@@ -269,15 +270,15 @@ class Retrofit:
     def compare_vllm(self, stage: str, exported: Path) -> None:
         """In vLLM what the export is for, where `make test-serving` has made an environment with it."""
         results = self.out / "vllm"
-        if not VLLM.exists():
-            print(f"\nNot run in vLLM: there is no {VLLM.relative_to(ROOT)}; `make test-serving` makes it.")
+        if not self.options.vllm.exists():
+            print(f"\nNot run in vLLM: there is no {self.options.vllm}; `make test-serving` makes one.")
         elif not (results / "compared.json").exists():
             few = packages.write_prompts(self.packages, self.turn, min(6, self.options.prompts))
             words = ["--batch-size", 1, "--ignore-eod", "--mask-position-0"]
             if not done(results / "acceptance.json"):
                 self.benchmark(stage, results, few, [HEADS], *words)
             words = ["--model", exported, "--prompts", *few, "--results", results, "--new-tokens", NEW_TOKENS]
-            call([Path(__file__).with_name("vllm_check.py"), *words, "--python", VLLM], CORES)
+            call([Path(__file__).with_name("vllm_check.py"), *words, "--python", self.options.vllm], CORES)
 
 
 def done(acceptance: Path) -> bool:
