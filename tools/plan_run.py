@@ -44,9 +44,9 @@ def main() -> None:
         gpu = GPUS.get(options.gpu)
         if gpu and options.gpu_memory:
             gpu = replace(gpu, gib=options.gpu_memory)
-        run = run_from_flags(flags, options.nodes * options.gpus_per_node, on_cpu=gpu is None)
+        run = run_from_flags(flags, options.nodes * options.gpus_per_node, on_cpu=gpu is None, gpu=gpu)
         if options.balance:
-            run = with_stages(run, balanced_stages(run))
+            run = with_stages(run, balanced_stages(run, gpu))
         result = plan(run, gpu, options.mfu)
     except (ValueError, OSError) as error:
         sys.exit(f"plan_run.py: error: {error}")

@@ -116,13 +116,18 @@ def _latent_attention(rank: _Rank) -> float:
     model, e, mla = rank.model, rank.step.bytes_weight, rank.model.latent
     assert mla is not None
     heads = model.attention_heads / rank.tp
-    query, up = heads * (mla.qk + mla.qk_rope), heads * (mla.qk + mla.v)
-    down = (mla.q_rank or 0) + mla.kv_rank + mla.qk_rope
+    query, value = heads * (mla.qk + mla.qk_rope), heads * mla.v
     kept = rank.norm(rank.hidden) + rank.hidden * (0 if rank.drops("layernorm") else rank.input)
-    kept += down * (e + rank.input) + (heads * mla.v) * e + 4 * heads
-    if not rank.drops("mla_up_proj"):
-        kept += (2 * query + up) * e
-    return kept
+    kept += value * (e + (rank.input if rank.input != e else 0))  # the output, and as FP8
+    kept += mla.qk_rope * e
+    for width in (mla.q_rank or model.hidden * model.qk_norm, mla.kv_rank):
+        kept += width * rank.input + (rank.norm(width) if model.qk_norm and width else 0)
+    if rank.step.stack != "te":
+        kept += 4 * mla.qk_rope * e / rank.step.micro_batch  # sines and cosines of queries and keys
+    if rank.step.stack == "cpu":
+        # torch's kernels there take no values of another width: scores are kept, and all in fp32.
+        return kept + 4 * (2 * query + value + heads * rank.positions)
+    return kept + 4 * heads + (0 if rank.drops("mla_up_proj") else (2 * query + value) * e)
 
 
 def _mlp(rank: _Rank) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 
@@ -16,9 +16,9 @@ def blocks(layers: str) -> list[str]:
     return re.findall(r"[*+]?[^*+]*", layers)[:-1] if layers else []
 
 
-def balanced(layers: str, work: Callable[[str], float], end: float, stages: int) -> tuple[str, ...]:
+def balanced(layers: str, work: Sequence[float], end: float, stages: int) -> tuple[str, ...]:
     """Layers of each of `stages` stages, such that the slowest is as fast as can be, and among those the sum of squares
-    least. `work` is that of a layer, `end` that of heads and loss, on the last stage.
+    least. `work` is that of each layer, `end` that of heads and loss, on the last stage.
 
     Raises ValueError where there are fewer blocks than stages.
     """
@@ -27,7 +27,8 @@ def balanced(layers: str, work: Callable[[str], float], end: float, stages: int)
         raise ValueError(
             f"{len(parts)} blocks of layers cannot fill {stages} pipeline stages: lower --pipeline-model-parallel-size."
         )
-    before = [0.0, *itertools.accumulate(sum(work(symbol) for symbol in part) for part in parts)]
+    each = iter(work)
+    before = [0.0, *itertools.accumulate(sum(next(each) for _ in part) for part in parts)]
 
     @cache
     def best(start: int, left: int) -> tuple[float, float, tuple[int, ...]]:

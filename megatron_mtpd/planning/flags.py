@@ -15,6 +15,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_mtpd.config import MTPDConfig
 from megatron_mtpd.layer_pattern import expand_layer_flags
+from megatron_mtpd.planning.gpus import GPU
 from megatron_mtpd.planning.plan import balanced_stages, with_stages
 from megatron_mtpd.planning.shape import LatentAttention, Model, Parallel, Run, Stack, Step
 from megatron_mtpd.training.arguments import add_mtpd_arguments
@@ -24,8 +25,11 @@ _ONE_STAGE = ("--pipeline-model-parallel-size", "1")
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
-def run_from_flags(argv: Sequence[str], ranks: int, on_cpu: bool = False) -> Run:
-    """The run that the flags of tools/pretrain_mtpd.py describe on so many ranks."""
+def run_from_flags(argv: Sequence[str], ranks: int, on_cpu: bool = False, gpu: GPU | None = None) -> Run:
+    """The run that the flags of tools/pretrain_mtpd.py describe on so many ranks.
+
+    `gpu` matters where stages are to be balanced for FP8 alone: it has the rates. None: by operations.
+    """
     parser = argparse.ArgumentParser(prog="plan_run.py", allow_abbrev=False)
     add_mtpd_arguments(add_megatron_arguments(parser))
     # What the platform takes for defaults on a machine without a GPU is not what the planned one has.
@@ -42,7 +46,7 @@ def run_from_flags(argv: Sequence[str], ranks: int, on_cpu: bool = False) -> Run
         )
     parallel = _parallel(args, ranks)
     run = Run(_model(args, parallel), parallel, _step(args, parallel, on_cpu))
-    return run if len(run.model.stages) > 1 or parallel.pp == 1 else with_stages(run, balanced_stages(run))
+    return run if len(run.model.stages) > 1 or parallel.pp == 1 else with_stages(run, balanced_stages(run, gpu))
 
 
 def _with_pattern(argv: Sequence[str]) -> list[str]:
@@ -155,6 +159,8 @@ def _step(args: argparse.Namespace, parallel: Parallel, on_cpu: bool) -> Step:
         shards_optimizer=args.use_distributed_optimizer,
         fp8=args.fp8 is not None,
         fp8_weights=args.fp8_param_gather,
+        first_layers_in_bf16=args.num_layers_at_start_in_bf16 if args.first_last_layers_bf16 else 0,
+        last_layers_in_bf16=args.num_layers_at_end_in_bf16 if args.first_last_layers_bf16 else 0,
         recompute="selective" if args.recompute_activations else args.recompute_granularity,
         recompute_layers=args.recompute_num_layers or 1,
         recompute_modules=tuple(args.recompute_modules or ("core_attn",)),

@@ -50,15 +50,16 @@ def of_rank(run: Run, pp_rank: int) -> Memory:
     parts = parameters.of_rank(run.model, parallel, pp_rank)
     everything, trained = parts.total, _trained(run, parts)
     replicas = (parallel.dp * parallel.cp, parallel.expert_dp) if step.shards_optimizer else (1, 1)
-    weight = step.bytes_weight
-    if step.fp8:
-        weight = 2 if step.fp8_weights else step.bytes_weight + 2  # FP8 copies for forward and backward
+    weights = everything.total * step.bytes_weight
+    if step.fp8:  # copies of the linear layers for forward and backward, or these alone
+        in_fp8 = everything.total - parts.embedding - parts.output
+        weights += in_fp8 * (2 - step.bytes_weight if step.fp8_weights else 2)
     optimizer = (trained.dense / replicas[0] + trained.expert / replicas[1]) * step.bytes_optimizer
     kept, widest = _activations(run, pp_rank)
     last = pp_rank == parallel.pp - 1
     loss = loss_section(run) if last else 0.0
     return Memory(
-        everything.total * weight,
+        weights,
         trained.total * step.bytes_gradient,
         optimizer,
         kept,

@@ -102,6 +102,7 @@ def _attention(model: Model, parallel: Parallel) -> Count:
 
 
 def _latent_attention(model: Model, parallel: Parallel) -> Count:
+    """Its projections down to the ranks are whole on every tensor-parallel rank, as Transformer Engine has them."""
     mla, heads, hidden = model.latent, model.attention_heads, model.hidden
     assert mla is not None
     query = heads * (mla.qk + mla.qk_rope)
@@ -112,7 +113,9 @@ def _latent_attention(model: Model, parallel: Parallel) -> Count:
         sliced = mla.q_rank * query
         copied = hidden * mla.q_rank
     sliced += mla.kv_rank * heads * (mla.qk + mla.v) + heads * mla.v * hidden
-    copied += hidden * (mla.kv_rank + mla.qk_rope)  # no norms of the compressed: HybridModel builds none
+    copied += hidden * (mla.kv_rank + mla.qk_rope)
+    if model.qk_norm:
+        copied += _norm(model, mla.kv_rank) + _norm(model, mla.q_rank or hidden)
     return Count(copied + sliced // parallel.tp + model.bias * hidden)
 
 

@@ -4,6 +4,9 @@ Time. A stage's work is divided by the peak rate of its GPUs times `mfu`, the sh
 step takes the slowest stage's time for every micro-batch, and once more for filling and draining the pipeline. So the
 layout and the number of micro-batches count, and the share over the whole step comes out lower (`mfu_of_step`). Exposed
 communication is no part of it: choose `mfu` after a measured step.
+
+In an FP8 run the peak is that of the mix: every operation takes its time at the peak of the precision it is made in, so
+the rate is the harmonic mean. Stages are balanced by that time, and `loads` are shares of it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_mtpd.planning import balance, flops, memory, parameters
+from megatron_mtpd.planning.flops import Work
 from megatron_mtpd.planning.gpus import GPU
 from megatron_mtpd.planning.memory import Memory
 from megatron_mtpd.planning.shape import Run
@@ -26,7 +30,7 @@ class Layout:
     flags: str | None
     """The same in short, where it can be said so."""
     loads: tuple[float, ...]
-    """Work of each rank of the pipeline, relative to the mean."""
+    """Time of each rank of the pipeline at its peak, relative to the mean."""
 
     @property
     def worst(self) -> float:
@@ -47,12 +51,19 @@ class Plan:
     loss_fused: float
     loss_eager: float
     flops_token: float
+    flops_token_fp8: float
+    """Of them in FP8."""
     flops_step: float
     layout: Layout
     proposal: Layout
     mfu: float
+    """Share of the peak that a busy GPU reaches; the peak of a mix of precisions is their harmonic mean."""
     seconds: float | None
+    seconds_at_peak: float | None
+    """What `flops_step` take on all GPUs, evenly, each operation at the peak of the precision it is made in: without
+    waiting stages and without what is recomputed. Over a measured step's seconds it is the MFU of that step."""
     mfu_of_step: float | None
+    """`seconds_at_peak` over `seconds`."""
 
     @property
     def fits(self) -> bool | None:
@@ -72,13 +83,12 @@ def plan(run: Run, gpu: GPU | None, mfu: float = 0.4) -> Plan:
     whole = parameters.whole(model)
     of_heads = sum(count.total for count in whole.heads)
     active, active_of_heads = parameters.active(model)
-    layout, proposal = _layouts(run)
-    flops_step = flops.of_token(model, run.step.sequence) * run.tokens
-    seconds = mfu_of_step = None
+    work = flops.of_token(run)
+    seconds = at_peak = mfu_of_step = None
     if gpu is not None:
-        rate = _rate(run, gpu)
-        seconds = _seconds(run, rate * mfu)
-        mfu_of_step = flops_step / (seconds * rate * parallel.ranks)
+        seconds = _seconds(run, gpu) / mfu
+        at_peak = _in_ordinary(work, run, gpu) * run.tokens / (_rate(run, gpu) * parallel.ranks)
+        mfu_of_step = at_peak / seconds
     return Plan(
         run,
         gpu,
@@ -89,12 +99,14 @@ def plan(run: Run, gpu: GPU | None, mfu: float = 0.4) -> Plan:
         tuple(memory.of_rank(run, rank) for rank in range(parallel.pp)),
         memory.loss_section(run, "fused"),
         memory.loss_section(run, "eager"),
-        flops.of_token(model, run.step.sequence),
-        flops_step,
-        layout,
-        proposal,
+        work.total,
+        work.fp8,
+        work.total * run.tokens,
+        _layout(run, gpu),
+        _layout(with_stages(run, balanced_stages(run, gpu)), gpu),
         mfu,
         seconds,
+        at_peak,
         mfu_of_step,
     )
 
@@ -104,24 +116,20 @@ def with_stages(run: Run, stages: Sequence[str]) -> Run:
     return replace(run, model=replace(run.model, stages=tuple(stages)))
 
 
-def balanced_stages(run: Run) -> tuple[str, ...]:
+def balanced_stages(run: Run, gpu: GPU | None) -> tuple[str, ...]:
     """The layers of each stage such that the slowest is as fast as can be."""
-    stages = run.parallel.pp * run.parallel.virtual
-    end = flops.work_of_the_end(run)
-    return balance.balanced(run.model.layers, lambda symbol: flops.work_of_layer(run, symbol), end, stages)
+    layers = [_in_ordinary(work, run, gpu) for work in flops.work_of_layers(run)]
+    end = _in_ordinary(flops.work_of_the_end(run), run, gpu)
+    return balance.balanced(run.model.layers, layers, end, run.parallel.pp * run.parallel.virtual)
 
 
-def _layouts(run: Run) -> tuple[Layout, Layout]:
-    return _layout(run), _layout(with_stages(run, balanced_stages(run)))
-
-
-def _work_of_ranks(run: Run) -> list[float]:
-    stages = flops.of_stages(run)
+def _work_of_ranks(run: Run, gpu: GPU | None) -> list[float]:
+    stages = [_in_ordinary(work, run, gpu) for work in flops.of_stages(run)]
     return [sum(stages[rank :: run.parallel.pp]) for rank in range(run.parallel.pp)]
 
 
-def _layout(run: Run) -> Layout:
-    work = _work_of_ranks(run)
+def _layout(run: Run, gpu: GPU | None) -> Layout:
+    work = _work_of_ranks(run, gpu)
     mean = sum(work) / len(work)
     model = run.model
     flags = balance.short_flags(model.stages) if run.parallel.virtual == 1 else None
@@ -129,20 +137,25 @@ def _layout(run: Run) -> Layout:
 
 
 def _rate(run: Run, gpu: GPU) -> float:
-    """Operations a second that a GPU has at its best, in the run's precision."""
-    if run.step.fp8 and gpu.tflops_fp8 is None:
+    """Operations a second that a GPU has at its best, in the run's ordinary precision."""
+    return (gpu.tflops if run.step.bytes_weight == 2 else gpu.tflops_fp32) * 1e12
+
+
+def _in_ordinary(work: Work, run: Run, gpu: GPU | None) -> float:
+    """Operations of the run's ordinary precision that take as long. `gpu` None: all take the same time."""
+    if gpu is None or not run.step.fp8:
+        return work.total
+    if gpu.tflops_fp8 is None:
         raise ValueError(f"--fp8-format: {gpu.name} has no FP8.")
-    rate = gpu.tflops_fp8 if run.step.fp8 else gpu.tflops if run.step.bytes_weight == 2 else gpu.tflops_fp32
-    assert rate is not None
-    return rate * 1e12
+    return work.ordinary + work.fp8 * _rate(run, gpu) / (gpu.tflops_fp8 * 1e12)
 
 
-def _seconds(run: Run, rate: float) -> float:
-    """Of a step, at `rate` operations a second of every busy GPU."""
+def _seconds(run: Run, gpu: GPU) -> float:
+    """Of a step, of GPUs at their peak while they are busy."""
     parallel, step = run.parallel, run.step
     tokens = step.micro_batch * step.sequence / (parallel.tp * parallel.cp)
     filling = (parallel.pp - 1) / parallel.virtual
-    return max(_work_of_ranks(run)) * tokens / rate * (step.micro_batches + filling)
+    return max(_work_of_ranks(run, gpu)) * tokens / _rate(run, gpu) * (step.micro_batches + filling)
 
 
 # As a table ----------------------------------------------------------------------------------------------------------
@@ -154,6 +167,7 @@ def table(plan: Plan) -> str:
     where = f"{parallel.ranks} x {plan.gpu.name}" if plan.gpu else f"{parallel.ranks} CPU processes"
     sizes = [f"{name.upper()} {getattr(parallel, name)}" for name in ("tp", "pp", "cp", "dp", "ep")]
     main, heads = plan.parameters - plan.parameters_of_heads, plan.parameters_of_heads
+    in_fp8 = f", {plan.flops_token_fp8 / plan.flops_token:.0%} in FP8" if run.step.fp8 else ""
     lines = [
         f"{where}: {', '.join(sizes)}; {run.step.micro_batches} micro-batches of {run.step.micro_batch} x "
         f"{run.step.sequence} a step",
@@ -161,7 +175,8 @@ def table(plan: Plan) -> str:
         f"parameters          {_big(plan.parameters)}: main model {_big(main)}, {run.model.heads} heads {_big(heads)}",
         f"active for a token  {_big(plan.active + plan.active_of_heads)}: main model {_big(plan.active)}, heads "
         f"{_big(plan.active_of_heads)}",
-        f"operations          {plan.flops_token:.3e} a token, {plan.flops_step:.3e} a step of {run.tokens:,} tokens",
+        f"operations          {plan.flops_token:.3e} a token, {plan.flops_step:.3e} a step of {run.tokens:,} tokens"
+        + in_fp8,
         f"loss section        {_gib(plan.loss_fused)} GiB fused, {_gib(plan.loss_eager)} GiB eager (last stage)",
         "",
         "GiB of a rank, by pipeline stage",

@@ -105,6 +105,9 @@ class Step:
     shards_optimizer: bool
     fp8: bool = False
     fp8_weights: bool = False
+    first_layers_in_bf16: int = 0
+    """Of the main model, in an FP8 run. Heads have none."""
+    last_layers_in_bf16: int = 0
     recompute: str | None = None
     """None, full or selective."""
     recompute_layers: int = 1

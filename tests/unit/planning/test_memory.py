@@ -24,10 +24,27 @@ from megatron_mtpd.training.benchmark_step import _without_heads, _Worker  # noq
 FLAGS = (
     "--mock-data --tokenizer-type NullTokenizer --num-workers 0 --lr 1e-4 --no-create-attention-mask-in-dataloader "
     "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
-    "--attention-dropout 0 --hidden-dropout 0 --group-query-attention --num-query-groups 4 --num-attention-heads 8 "
-    "--hidden-size 512 --ffn-hidden-size 1408 --num-layers 2 --mtp-num-layers 2 --seq-length 512 "
-    "--max-position-embeddings 512 --micro-batch-size 2 --global-batch-size 2 --vocab-size 16000"
+    "--attention-dropout 0 --hidden-dropout 0 --num-attention-heads 8 --hidden-size 512 --ffn-hidden-size 1408 "
+    "--seq-length 512 --max-position-embeddings 512 --micro-batch-size 2 --global-batch-size 2 --vocab-size 16000"
 )
+GROUPED = "--num-layers 2 --mtp-num-layers 2 --group-query-attention --num-query-groups 4"
+LATENT = (
+    "--hybrid-layer-pattern +-+-/+-/+- --multi-latent-attention --q-lora-rank 192 --kv-lora-rank 64 --qk-head-dim 64 "
+    "--qk-pos-emb-head-dim 32 --v-head-dim 48 --qk-layernorm --no-rope-fusion"
+)
+EXPERTS = "--num-experts 8 --moe-ffn-hidden-size 352 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+CASES = {
+    "fused-bf16-sharded": ("mtpd_fused", f"{GROUPED} --bf16 --use-distributed-optimizer", 1, 1),
+    "eager-fp32": ("mtpd_eager", GROUPED, 1, 1),
+    "no-heads-fp32": ("no_mtp", GROUPED, 1, 1),
+    "fused-bf16-tp2-pp2": ("mtpd_fused", f"{GROUPED} --bf16", 2, 2),
+    "new-heads-fp32": ("mtpd_fused", f"{GROUPED} --mtpd-train new-heads --mtpd-old-heads 1", 1, 1),
+    "experts-fp32": ("mtpd_fused", f"{GROUPED} {EXPERTS}", 1, 1),
+    "latent-fp32": ("mtpd_fused", LATENT, 1, 1),
+    "fused-fp32-tp2": ("mtpd_fused", GROUPED, 2, 1),
+}
+QUICK = {"new-heads-fp32", "experts-fp32", "latent-fp32", "fused-fp32-tp2"}
+"""Below 20 seconds. In bf16 a CPU without instructions for it needs minutes."""
 
 
 def peaks(variant: str, flags: list[str], ranks: int) -> list[int]:
@@ -49,16 +66,9 @@ def peaks(variant: str, flags: list[str], ranks: int) -> list[int]:
     return [worker.peak_bytes for worker in workers]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "flags", "tp", "pp"),
-    [
-        ("mtpd_fused", "--bf16 --use-distributed-optimizer", 1, 1),
-        ("mtpd_eager", "", 1, 1),
-        ("no_mtp", "", 1, 1),
-        ("mtpd_fused", "--bf16", 2, 2),
-    ],
-    ids=["fused-bf16-sharded", "eager-fp32", "no-heads-fp32", "fused-bf16-tp2-pp2"],
+    [pytest.param(*case, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
 )
 def test_peak_of_real_steps(monkeypatch, variant, flags, tp, pp):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from megatron_mtpd import platform
@@ -14,17 +13,14 @@ from megatron_mtpd import platform
 platform.setup()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer.spec_utils import build_module  # noqa: E402
-from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
 from megatron.training.argument_utils import hybrid_config_from_args  # noqa: E402
 from megatron.training.global_vars import unset_global_variables  # noqa: E402
 
 from megatron_mtpd.model import MTPDModelConfig  # noqa: E402
 from megatron_mtpd.planning import parameters  # noqa: E402
 from megatron_mtpd.planning.flags import run_from_flags  # noqa: E402
-from megatron_mtpd.planning.shape import LatentAttention, Model, Parallel  # noqa: E402
+from megatron_mtpd.planning.shape import Model, Parallel  # noqa: E402
 from megatron_mtpd.training import pretrain as entry  # noqa: E402
 from tests.distributed.gloo import run  # noqa: E402
 
@@ -39,6 +35,10 @@ EXPERTS = (
     "--num-experts 4 --moe-ffn-hidden-size 24 --moe-shared-expert-intermediate-size 40 --moe-router-topk 2 "
     "--moe-token-dispatcher-type alltoall"
 )
+LATENT = (
+    f"--hybrid-layer-pattern +-+E/+E/+E {LLAMA} {EXPERTS} --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 12 --no-rope-fusion"
+)
 GROUPED = "--group-query-attention --num-query-groups 2"
 WHOLE = {
     "gpt": "--num-layers 2",
@@ -49,6 +49,9 @@ WHOLE = {
     "one-head": f"--num-layers 2 --mtp-num-layers 3 {LLAMA} --mtp-use-repeated-layer",
     "experts": f"--num-layers 2 --mtp-num-layers 2 {LLAMA} {EXPERTS}",
     "mixed": f"--hybrid-layer-pattern *-*E*E/*E {LLAMA} {EXPERTS}",
+    "latent": f"{LATENT} --q-lora-rank 24",
+    "latent, queries whole": LATENT,
+    "latent with norms": f"{LATENT} --q-lora-rank 24 --qk-layernorm",
 }
 SLICED = {
     "tp2": ("--tensor-model-parallel-size 2 --num-layers 2 --mtp-num-layers 2", 2),
@@ -111,38 +114,6 @@ def test_models_on_several_ranks(ranks):
         expected = planned(flags, ranks)
         for of_rank in found:
             assert of_rank[index] == expected[of_rank[index][0]], name
-
-
-@pytest.mark.parametrize("q_rank", [None, 24])
-def test_multi_latent_attention(q_rank):
-    """No local spec of HybridModel has it; its module is Megatron's, here of local linear layers."""
-    assert run(latent_attention, 1, q_rank)[0] == parameters.of_layer(latent_model(q_rank), "+").total - 32
-
-
-def latent_model(q_rank: int | None) -> Model:
-    latent = LatentAttention(q_rank, kv_rank=16, qk=8, qk_rope=4, v=12)
-    return Model(32, 64, 4, 4, 8, 128, ("+-",), "", 0, bias=False, norm="RMSNorm", latent=latent)
-
-
-def latent_attention(q_rank: int | None) -> int:
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    config = MLATransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=4,
-        q_lora_rank=q_rank,
-        kv_lora_rank=16,
-        qk_head_dim=8,
-        qk_pos_emb_head_dim=4,
-        v_head_dim=12,
-        add_bias_linear=False,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-    )
-    spec = get_gpt_layer_local_spec(multi_latent_attention=True).submodules.self_attention
-    spec.submodules.core_attention = torch.nn.Identity  # without parameters, as any; the local one cannot serve here
-    return sum(p.numel() for p in build_module(spec, config=config, layer_number=1).parameters())
 
 
 def test_the_whole_is_what_the_ranks_hold_once():

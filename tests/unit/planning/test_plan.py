@@ -76,7 +76,51 @@ def test_operations_are_those_that_megatron_counts(heads):
     )
     # It leaves out the heads' projections [2h -> h] and the router.
     beside = 3 * (heads * 4 * 256**2 + (1 + heads) * 2 * 256 * 8)
-    assert (flops.of_token(model, 128) - beside) * 5 * 128 == pytest.approx(megatrons)
+    found = flops.of_token(Run(model, Parallel(), Step(128, 5, 1, 2, 4, 12, shards_optimizer=False)))
+    assert found.fp8 == 0
+    assert (found.total - beside) * 5 * 128 == pytest.approx(megatrons)
+
+
+FP8 = "--bf16 --fp8-format hybrid --fp8-recipe tensorwise"
+
+
+def test_linear_layers_of_trunk_and_heads_run_in_fp8():
+    """Two operations of forward and four of backward for every weight; attention itself and the logits are bf16."""
+    fp8 = run(FP8)
+    parts = parameters.whole(fp8.model)
+    norms = 256 * (8 * 2 + 1 + 2 * (2 + 3))
+    found = flops.of_token(fp8)
+    assert found.fp8 == 6 * (parts.total.total - parts.embedding - parts.output - norms)
+    assert found.ordinary == 6 * (1 + 2) * parts.output + 3 * (8 + 2) * 2 * 128 * 256
+    assert found.total == flops.of_token(run("--bf16")).total
+
+
+@pytest.mark.parametrize(
+    ("symbol", "rest"),
+    [("*", 2 * 128 * 256), ("+", 128 * 8 * (24 + 8 + 40)), ("-", 0), ("E", 2 * 256 * 4)],
+)
+def test_operations_of_a_layer_that_never_run_in_fp8(symbol, rest):
+    """Attention's scores and values, and the router."""
+    model = run(
+        "--hybrid-layer-pattern +-*E/*- --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 96 "
+        "--multi-latent-attention --q-lora-rank 48 --kv-lora-rank 32 --qk-head-dim 24 --qk-pos-emb-head-dim 8 "
+        "--v-head-dim 40",
+        base=SMALL.replace("--num-layers 8 --mtp-num-layers 2 ", ""),
+    ).model
+    linear, other = flops.of_layer(model, symbol, 128)
+    assert other == rest
+    weights = parameters.of_layer(model, symbol)
+    routed = weights.expert * 2 // 4
+    assert linear == 2 * (weights.dense - 256 - (256 * 4 if symbol == "E" else 0) + routed)
+
+
+def test_first_and_last_layers_in_bf16():
+    """Attention and MLP count as a layer each: a block at the start, and half of one at the end. Heads have none."""
+    layers = [flops.of_layer(run("").model, symbol, 128)[0] for symbol in "*-"]
+    some = run(f"{FP8} --first-last-layers-bf16 --num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 1")
+    every, found = flops.of_token(run(FP8)), flops.of_token(some)
+    assert every.fp8 - found.fp8 == 3 * (sum(layers) + layers[1])
+    assert every.total == found.total
 
 
 def test_a_layout_is_the_best_of_all():
@@ -92,7 +136,7 @@ def test_a_layout_is_the_best_of_all():
         return max(stages), sum(x * x for x in stages)
 
     best = min(loads(cuts) for cuts in combinations(range(1, 8), 2))
-    found = balance.balanced(layers, work.__getitem__, end, 3)
+    found = balance.balanced(layers, [work[symbol] for symbol in layers], end, 3)
     assert "".join(found) == layers
     stages = [sum(work[s] for s in stage) for stage in found]
     stages[-1] += end
@@ -102,7 +146,7 @@ def test_a_layout_is_the_best_of_all():
 def test_short_flags_say_the_same_as_the_pattern():
     layers = "--num-layers 10 --pipeline-model-parallel-size 4"  # 10 blocks, and 3.3 more in heads and losses
     planned = run(layers, 4)
-    stages = balanced_stages(planned)
+    stages = balanced_stages(planned, None)
     flags = balance.short_flags(stages)
     assert flags == "--decoder-last-pipeline-num-layers 1"
     again = run(f"{layers} {flags}", 4)
@@ -117,14 +161,60 @@ def test_more_blocks_than_stages_are_asked_for():
 def test_time_counts_filling_and_imbalance():
     even = run("--pipeline-model-parallel-size 2 --global-batch-size 8", 2)
     result = plan(even, GPUS["H100"], 0.5)
-    work = flops.of_stages(even)
+    work = [stage.total for stage in flops.of_stages(even)]
     # 4 micro-batches of 2 x 128 tokens, and one more while the second stage waits.
     assert result.seconds == pytest.approx(max(work) * 256 * 5 / (494e12 * 0.5))
     assert result.mfu_of_step == pytest.approx(0.5 * sum(work) / 2 / max(work) * 4 / 5)
     lopsided = with_stages(even, ("*-" * 2, "*-" * 6))
     slower = plan(lopsided, GPUS["H100"], 0.5)
     assert slower.layout.worst > result.layout.worst > slower.proposal.worst == result.proposal.worst
+    assert slower.seconds is not None and result.seconds is not None
     assert slower.seconds > result.seconds
+
+
+def test_each_operation_takes_the_time_of_its_precision():
+    gpu = GPUS["H100"]
+    fp8, bf16 = (plan(run(f"{flags} --global-batch-size 16", 4), gpu, 0.5) for flags in (FP8, "--bf16"))
+    work, tokens = flops.of_token(fp8.run), 16 * 128 / 4
+    assert fp8.flops_token_fp8 == work.fp8
+    assert fp8.seconds_at_peak == pytest.approx((work.ordinary / 989e12 + work.fp8 / 1979e12) * tokens)
+    assert bf16.seconds_at_peak == pytest.approx(work.total / 989e12 * tokens)
+    for result in (fp8, bf16):
+        assert result.seconds_at_peak is not None
+        assert result.seconds == pytest.approx(result.seconds_at_peak / 0.5)
+        assert result.mfu_of_step == pytest.approx(0.5)
+    assert ", 88% in FP8" in table(fp8) and "FP8" not in table(bf16)
+
+
+def test_fp8_balances_by_time():
+    """The logits of the last stage take twice the time of as many operations before."""
+    base, gpu = SMALL.replace("--num-layers 8", "--num-layers 26"), GPUS["H100"]
+    flags = "--vocab-size 2000 --pipeline-model-parallel-size 4"
+    bf16, fp8 = (
+        run_from_flags([*base.split(), *flags.split(), *precision.split()], 4, gpu=gpu) for precision in ("--bf16", FP8)
+    )
+    blocks = [[len(balance.blocks(stage)) for stage in x.model.stages] for x in (bf16, fp8)]
+    assert blocks == [[7, 8, 8, 3], [8, 8, 8, 2]]
+    result = plan(fp8, gpu)
+    times = [work.ordinary / 989 + work.fp8 / 1979 for work in flops.of_stages(fp8)]
+    assert result.layout.loads == pytest.approx([4 * time / sum(times) for time in times])
+    assert result.layout == result.proposal
+    slower = plan(with_stages(fp8, bf16.model.stages), gpu)
+    assert slower.seconds is not None and result.seconds is not None
+    assert slower.seconds > result.seconds
+
+
+def test_a_gpu_without_fp8_is_refused():
+    with pytest.raises(ValueError, match="--fp8-format: A100 has no FP8"):
+        plan(run(FP8), GPUS["A100"])
+
+
+def test_fp8_copies_are_of_linear_layers():
+    bf16, fp8, gathered = (
+        memory.of_rank(run(flags), 0).weights for flags in ("--bf16", FP8, f"{FP8} --fp8-param-gather")
+    )
+    tables = 2 * 1024 * 256
+    assert gathered == bf16 and fp8 == bf16 + 2 * (bf16 / 2 - tables)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -153,7 +243,8 @@ def test_frozen_parts_cost_weights_alone():
     frozen = memory.of_rank(heads, 0)
     assert frozen.weights == memory.of_rank(everything, 0).weights
     assert (frozen.gradients, frozen.optimizer) == (4 * of_head, 12 * of_head)
-    assert sum(flops.of_stages(heads)) < 0.5 * sum(flops.of_stages(everything))
+    work, of_everything = (sum(stage.total for stage in flops.of_stages(x)) for x in (heads, everything))
+    assert work < 0.5 * of_everything
 
 
 @pytest.mark.parametrize(
@@ -180,7 +271,8 @@ def test_a_deepseek_v3_shape():
     assert result.active / 1e9 == pytest.approx(37.5, abs=0.5)
     assert result.parameters_of_heads / 1e9 == pytest.approx(11.5, abs=0.2)
     assert len(result.memory) == 16 and result.fits
-    assert result.layout.worst == result.proposal.worst < 1.25  # a block, the head, two output layers
+    # A block, the head and two output layers, of which these are not in FP8.
+    assert result.layout.worst == result.proposal.worst < 1.75
     assert "fits" in table(result)
 
 
