@@ -41,6 +41,22 @@ _UNTESTED_ZERO = (
     *("zenflow", "round_robin_gradients", "elastic_checkpoint", "leaf_module"),
 )
 
+_OF_DDP_AND_OPTIMIZER = {
+    "--ddp-bucket-size": "ddp_bucket_size",
+    "--ddp-num-buckets": "ddp_num_buckets",
+    "--ddp-pad-buckets-for-high-nccl-busbw": "ddp_pad_buckets_for_high_nccl_busbw",
+    "--ddp-average-in-collective": "ddp_average_in_collective",
+    "--ddp-reduce-scatter-with-fp32-accumulation": "ddp_reduce_scatter_with_fp32_accumulation",
+    "--ddp-param-name-patterns-for-fp32-local-accumulation": "ddp_param_name_patterns_for_fp32_local_accumulation",
+    "--use-nccl-ub": "nccl_ub",
+    "--create-all-gather-group": "create_all_gather_group",
+    "--check-for-large-grads": "check_for_large_grads",
+    "--optimizer-cuda-graph": "optimizer_cuda_graph",
+    "--dump-param-to-param-group-map": "dump_param_to_param_group_map",
+}
+"""Flags, and where their values are, that only Megatron's DDP and optimizers look at: they would do nothing."""
+_MEGATRONS_OWN = "only Megatron's DDP and optimizers look at it, and zero_optimization has its own settings; remove it"
+
 
 def add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--engine` and `--deepspeed-config`."""
@@ -116,6 +132,11 @@ def _zero(config: dict[str, Any], args: Namespace) -> None:
     for key in _UNTESTED_ZERO:
         if zero.get(key):
             raise ValueError(f"zero_optimization.{key} is not supported with --engine deepspeed: remove it.")
+    if not zero.get("compute_grad_norm", True):
+        raise ValueError(
+            f"zero_optimization.compute_grad_norm is false in {args.deepspeed_config}: the norm is reported, and says "
+            "whether the gradients are finite. Remove it."
+        )
     if zero.get("zero_hpz_partition_size", 1) not in (0, 1) or zero.get("mics_shard_size", -1) != -1:
         raise ValueError(
             "zero_optimization.zero_hpz_partition_size and mics_shard_size are not supported with --engine deepspeed: "
@@ -125,10 +146,11 @@ def _zero(config: dict[str, Any], args: Namespace) -> None:
         offload = zero.get(part) or {}
         if not isinstance(offload, Mapping):
             raise ValueError(f"{part} in --deepspeed-config must be an object, and is {offload!r}.")
-        if offload.get("device", "none") not in ("none", "cpu") or offload.get("ratio", 1.0) != 1.0:
+        elsewhere = offload.get("device", "none") not in ("none", "cpu")
+        if elsewhere or offload.get("ratio", 1.0) != 1.0 or offload.get("super_offload"):
             raise ValueError(
-                f"zero_optimization.{part} is {offload} in {args.deepspeed_config}: only device cpu, with ratio 1, "
-                "is supported."
+                f"zero_optimization.{part} is {offload} in {args.deepspeed_config}: only device cpu, with ratio 1 and "
+                "without super_offload, is supported."
             )
     if (zero.get("offload_param") or {}).get("device", "none") != "none" and stage != 3:
         raise ValueError(f"zero_optimization.offload_param needs zero_optimization.stage 3, and the stage is {stage}.")
@@ -242,26 +264,48 @@ def _refuse_flags(args: Namespace, mtpd: MTPDConfig) -> None:
             "it writes into gradient buffers of Megatron's; add --no-gradient-accumulation-fusion",
         ),
         "--use-distributed-optimizer": (args.use_distributed_optimizer, "ZeRO stands in its place; remove it"),
+        "--num-distributed-optimizer-instances": (
+            args.num_distributed_optimizer_instances > 1,
+            "ZeRO shards over all data-parallel ranks; remove it",
+        ),
         "--overlap-grad-reduce": (args.overlap_grad_reduce, "set zero_optimization.overlap_comm instead"),
         "--overlap-param-gather": (args.overlap_param_gather, "ZeRO stage 3 prefetches by itself; remove it"),
         "--calculate-per-token-loss": (args.calculate_per_token_loss, f"{never_reduced}; remove it"),
         "--fp16": (args.fp16, "use --bf16"),
         "--fp8-format": (args.fp8, "nobody has tested it; use --bf16"),
+        "--fp4-format": (args.fp4, "nobody has tested it; use --bf16"),
+        "--loss-scale": (args.loss_scale, "in bf16 and fp32 DeepSpeed scales no loss; remove it"),
         "--optimizer": (args.optimizer != "adam", "only adam is supported"),
         "--use-precision-aware-optimizer": (args.use_precision_aware_optimizer, "remove it"),
         "--optimizer-cpu-offload": (args.optimizer_cpu_offload, "set zero_optimization.offload_optimizer instead"),
+        "--tensor-parallel-num-weight-shards": (
+            args.gtp_weight_remat_size > 1,
+            "set zero_optimization.stage 3 instead",
+        ),
+        "--qk-clip": (args.qk_clip, "it changes the model's weights, and ZeRO has others in fp32; remove it"),
+        "--load-main-params-from-ckpt": (
+            args.load_main_params_from_ckpt,
+            "ZeRO takes its fp32 weights from the model's; remove it",
+        ),
         "--skip-train": (args.skip_train, "validate with --engine megatron, which reads the same checkpoints"),
         "--log-params-norm": (args.log_params_norm, "the parameters are in pieces; remove it"),
         "--log-num-zeros-in-grad": (args.log_num_zeros_in_grad, "the gradients are in pieces; remove it"),
         "--init-model-with-meta-device": (args.init_model_with_meta_device, "ZeRO stage 3 builds in pieces; remove it"),
         "--ckpt-format": (args.ckpt_format != "torch_dist", "use torch_dist"),
         "--async-save": (args.async_save, "nobody has tested it; remove it"),
+        "--save-params-interval": (args.save_params_interval, "the parameters are in pieces; use --save-interval"),
+        "--save-wgrads-interval": (args.save_wgrads_interval, "the gradients are in pieces; remove it"),
+        "--check-weight-hash-across-dp-replicas-interval": (
+            args.check_weight_hash_across_dp_replicas_interval,
+            "no two ranks have the same pieces; remove it",
+        ),
         "--cuda-graph-impl": (args.cuda_graph_impl not in (None, "none"), "ZeRO moves the parameters; remove it"),
         "--mtpd-clip-apart": (
             mtpd.clip_apart and mtpd.train == "all" and args.clip_grad > 0,
             "DeepSpeed clips all gradients by one norm; add --no-mtpd-clip-apart (or train heads alone)",
         ),
     }
+    unsupported |= {flag: (getattr(args, name), _MEGATRONS_OWN) for flag, name in _OF_DDP_AND_OPTIMIZER.items()}
     for flag, (is_set, remedy) in unsupported.items():
         if is_set:
             raise ValueError(f"{flag} does not work with --engine deepspeed: {remedy}.")

@@ -1,5 +1,6 @@
 """ds_config.json: completed from the flags, and refused where it contradicts them or cannot work."""
 
+import argparse
 import copy
 import json
 from argparse import Namespace
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_mtpd import platform
 from megatron_mtpd.config import MTPDConfig
-from megatron_mtpd.training.deepspeed_config import deepspeed_config_from_args
+from megatron_mtpd.training.deepspeed_config import _OF_DDP_AND_OPTIMIZER, deepspeed_config_from_args
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "deepspeed").glob("*.json"))
 FLAGS = {
@@ -40,6 +41,8 @@ FLAGS = {
     "overlap_param_gather": False,
     "calculate_per_token_loss": False,
     "fp8": None,
+    "fp4": None,
+    "loss_scale": None,
     "use_precision_aware_optimizer": False,
     "skip_train": False,
     "optimizer_cpu_offload": False,
@@ -49,6 +52,24 @@ FLAGS = {
     "ckpt_format": "torch_dist",
     "async_save": False,
     "cuda_graph_impl": "none",
+    "gtp_weight_remat_size": 1,
+    "num_distributed_optimizer_instances": 1,
+    "qk_clip": False,
+    "load_main_params_from_ckpt": False,
+    "save_params_interval": None,
+    "save_wgrads_interval": None,
+    "check_weight_hash_across_dp_replicas_interval": None,
+    "ddp_bucket_size": None,
+    "ddp_num_buckets": None,
+    "ddp_pad_buckets_for_high_nccl_busbw": False,
+    "ddp_average_in_collective": False,
+    "ddp_reduce_scatter_with_fp32_accumulation": False,
+    "ddp_param_name_patterns_for_fp32_local_accumulation": [],
+    "nccl_ub": False,
+    "create_all_gather_group": False,
+    "check_for_large_grads": False,
+    "optimizer_cuda_graph": False,
+    "dump_param_to_param_group_map": None,
 }
 HEADS = MTPDConfig(train="heads")
 
@@ -92,7 +113,8 @@ def test_there_are_examples():
 
 
 def test_the_users_own_values_are_kept(tmp_path):
-    given = {**zero(2, overlap_comm=True, reduce_bucket_size=1000), "communication_data_type": "bf16"}
+    sharding = zero(2, overlap_comm=True, reduce_bucket_size=1000, offload_optimizer={"device": "cpu"})
+    given = {**sharding, "communication_data_type": "bf16"}
     given["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
     given["scheduler"] = {}
     config = complete(tmp_path, copy.deepcopy(given))
@@ -121,6 +143,8 @@ def test_the_users_own_values_are_kept(tmp_path):
         ({}, "stage is 0"),
         (zero(2, offload_param={"device": "cpu"}), "offload_param needs"),
         (zero(3, offload_optimizer={"device": "nvme"}), "offload_optimizer"),
+        (zero(3, offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload"),
+        (zero(2, compute_grad_norm=False), "compute_grad_norm"),
         (zero(3, zero_quantized_weights=True), "zero_quantized_weights"),
         (zero(3, zero_hpz_partition_size=8), "zero_hpz_partition_size"),
         ([], "must hold a JSON object"),
@@ -150,7 +174,25 @@ def test_contradictions_and_what_is_untested_are_refused(tmp_path, given, named)
         ({"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ({"fp16": True}, "--fp16"),
         ({"fp8": "hybrid"}, "--fp8-format"),
+        ({"fp4": "e2m1"}, "--fp4-format"),
+        ({"loss_scale": 1024.0}, "--loss-scale"),
         ({"optimizer": "sgd"}, "--optimizer"),
+        ({"overlap_grad_reduce": True}, "--overlap-grad-reduce does .* zero_optimization.overlap_comm"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload does .* zero_optimization.offload_optimizer"),
+        ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances"),
+        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
+        ({"qk_clip": True}, "--qk-clip"),
+        ({"load_main_params_from_ckpt": True}, "--load-main-params-from-ckpt"),
+        ({"log_params_norm": True}, "--log-params-norm"),
+        ({"log_num_zeros_in_grad": True}, "--log-num-zeros-in-grad"),
+        ({"save_params_interval": 5}, "--save-params-interval"),
+        ({"save_wgrads_interval": 5}, "--save-wgrads-interval"),
+        ({"check_weight_hash_across_dp_replicas_interval": 5}, "--check-weight-hash-across-dp-replicas-interval"),
+        ({"init_model_with_meta_device": True}, "--init-model-with-meta-device"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        *(({name: 2}, flag) for flag, name in _OF_DDP_AND_OPTIMIZER.items()),
         ({"skip_train": True}, "--skip-train"),
         ({"ckpt_format": "torch"}, "--ckpt-format"),
         ({"async_save": True}, "--async-save"),
@@ -160,6 +202,15 @@ def test_contradictions_and_what_is_untested_are_refused(tmp_path, given, named)
 def test_flags_that_do_not_work_are_refused(tmp_path, flags, named):
     with pytest.raises(ValueError, match=named):
         complete(tmp_path, zero(), **flags)
+
+
+def test_flags_that_would_do_nothing_have_megatrons_names():
+    platform.setup()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    names = {option: action.dest for action in parser._actions for option in action.option_strings}
+    assert _OF_DDP_AND_OPTIMIZER.items() <= names.items()
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
