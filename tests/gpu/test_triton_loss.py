@@ -19,10 +19,14 @@ from megatron_mtpd.losses.alignment import head_masks
 from megatron_mtpd.losses.eager import HeadWeights, attach_heads_loss
 from megatron_mtpd.losses.fused import fused_mtpd_loss
 from megatron_mtpd.losses.kernels import choose
-from tests.gpu.commands import ROOT
+from tests.gpu.machine import ON_GPU, ROOT, environment, tool
 from tests.unit.losses.triton_cases import *  # noqa: F403  # the tests
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ON_GPU, reason="needs a GPU that torch can use"),
+    pytest.mark.usefixtures("runs"),  # the jobs of other tests go on beside those that measure no time
+]
 TOKENS, HIDDEN, VOCAB, HEADS, TOP_N = 8_192, 4_096, 131_072, 4, 10_000
 
 
@@ -85,7 +89,8 @@ torch.cuda.synchronize()
 """
     for reduction, is_fine in (("mask / 4", True), ("torch.arange(4., device='cuda').view(4, 1)", False)):
         script = code.replace("REDUCTION", reduction)
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
         assert (done.returncode == 0) is is_fine, done.stderr[-2000:]
         assert is_fine or "assert" in done.stderr.lower()
 
@@ -103,7 +108,7 @@ def seconds(function: Callable, repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def test_faster_than_torch_kernels_and_smaller(report):
+def test_faster_than_torch_kernels_and_smaller(quiet, report):
     """8,192 tokens, hidden 4,096, a vocabulary of 131,072, bf16."""
     measured = {}
     for kernels in ("torch", "triton"):
@@ -121,16 +126,14 @@ def test_faster_than_torch_kernels_and_smaller(report):
     assert measured["triton"][1] < measured["torch"][1]
 
 
-def test_beside_megatrons_plain_loss(tmp_path, report):
+def test_beside_megatrons_plain_loss(quiet, tmp_path, report):
     """The loss section with distillation takes no more time than Megatron's cross-entropy alone, and at most 0.15 of
     its memory: the same sizes, by the command that users measure with."""
     file = tmp_path / "rows.json"
     sizes = f"--heads {HEADS} --vocab {VOCAB} --topn {TOP_N} --tokens {TOKENS} --hidden {HIDDEN} --dtype bf16"
-    command = [sys.executable, str(ROOT / "tools" / "benchmark_loss.py"), *sizes.split(), "--json", str(file)]
-    command += ["--repeats", "7", "--variants", "megatron_mtp", "mtpd_fused"]  # eager does not fit beside them
+    variants = ["--repeats", "7", "--variants", "megatron_mtp", "mtpd_fused"]  # eager does not fit beside them
     torch.cuda.empty_cache()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    tool("benchmark_loss.py", *sizes.split(), *variants, "--json", file)
     rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
     for variant, row in rows.items():
         report(
@@ -143,7 +146,7 @@ def test_beside_megatrons_plain_loss(tmp_path, report):
     assert memory <= 0.15
 
 
-def test_the_cut_is_found_faster_than_by_torch(report):
+def test_the_cut_is_found_faster_than_by_torch(quiet, report):
     logits = 3.0 * torch.randn(800, VOCAB, device="cuda", dtype=torch.bfloat16)
     ours, probes = choose(logits.device, "triton").topn_cut, choose(logits.device, "torch").topn_cut
     times = {
