@@ -27,7 +27,7 @@ test-serving: env ## Run exports in vLLM on the CPU (.venv-vllm, 3.4 GB, made on
 	tests/serving/make-env
 	$(PYTHON_BIN) -m pytest tests/serving -m serving $(ARGS)
 
-test-gpu: env ## Run the GPU tests and write docs/gpu-report.md
+test-gpu: env ## Run the GPU tests, 10 minutes, and add what they find to docs/gpu-report.md (no network: docs/gpu.md)
 	$(PYTHON_BIN) -m pytest tests/gpu -m gpu --gpu-report docs/gpu-report.md $(ARGS)
 
 lint: env ## Check style, formatting and types

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -225,24 +223,12 @@ def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
     """The spec of the layers of a `HybridModel`, after `config.transformer_impl` and what this machine has.
 
     With --transformer-impl transformer_engine (Megatron's default) where Transformer Engine and a GPU are there:
-    Megatron's own, with the norms of multi-latent attention that --qk-layernorm asks for. Otherwise the local one; its
-    last norm is then put into Megatron's stack, for the whole process.
+    Megatron's own. Otherwise the local one; its last norm is then put into Megatron's stack, for the whole process.
     """
     if config.transformer_impl != "local" and platform.uses_transformer_engine():
-        return _with_latent_norms(transformer_engine_spec) if config.qk_layernorm else transformer_engine_spec
+        return transformer_engine_spec
     platform.replace_norm(local_norm)
     return local_spec(config)
-
-
-def _with_latent_norms(spec: ModuleSpec) -> ModuleSpec:
-    """Megatron's stack whose multi-latent attention has its norms, fused with the projections behind them as in
-    Megatron's GPTModel: the hybrid stack of 0.19 leaves them out whatever --qk-layernorm says."""
-    layer = spec.submodules.mla_layer
-    attention = layer.submodules.self_attention
-    fused = dict.fromkeys(("linear_q_up_proj", "linear_kv_up_proj"), TELayerNormColumnParallelLinear)
-    attention = replace(attention, submodules=replace(attention.submodules, **fused))
-    layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
-    return replace(spec, submodules=replace(spec.submodules, mla_layer=layer))
 
 
 def local_spec(config: TransformerConfig) -> ModuleSpec:

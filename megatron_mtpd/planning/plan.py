@@ -61,7 +61,8 @@ class Plan:
     seconds: float | None
     seconds_at_peak: float | None
     """What `flops_step` take on all GPUs, evenly, each operation at the peak of the precision it is made in: without
-    waiting stages and without what is recomputed. Over a measured step's seconds it is the MFU of that step."""
+    waiting stages and without what is recomputed; a frozen part counts as a trained one, as in Megatron's own figure.
+    Over a measured step's seconds it is the MFU of that step."""
     mfu_of_step: float | None
     """`seconds_at_peak` over `seconds`."""
 

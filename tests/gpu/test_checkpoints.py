@@ -121,9 +121,10 @@ def test_drafting_changes_no_token(runs, report):
     plain, *drafting = found["runs"]
     assert plain["num_heads"] == 0 and [run["num_heads"] for run in drafting] == [1, 2]
     for run in drafting:
+        a_step = (run["num_tokens"] - run["num_prompts"]) / run["num_steps"]  # the first token is the prompt's
         report(
             f"decoding with {run['num_heads']} heads: outputs equal to plain decoding, tokens a step",
-            f"{run['outputs_equal_to_plain']}, {run['num_tokens'] / run['num_steps']:.2f}",
+            f"{run['outputs_equal_to_plain']}, {a_step:.2f}",
         )
-        assert run["num_tokens"] > 1.1 * run["num_steps"] or not ON_GPU, "drafts are accepted"
+        assert a_step > 1 or not ON_GPU, "drafts are accepted"
         assert run["outputs_equal_to_plain"] == f"{found['num_prompts']} of {found['num_prompts']}"

@@ -84,11 +84,11 @@ def test_a_checkpoint_goes_on_with_local_layers(runs, report, name):
     assert worst < FIRST
 
 
+CAN_COMPILE = CUDA_HOME is not None and find_spec("ninja") is not None
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed (extra megatron-mtpd[deepspeed])")
-@pytest.mark.skipif(
-    ON_GPU and (CUDA_HOME is None or find_spec("ninja") is None),
-    reason="needs nvcc and ninja: DeepSpeed compiles its Adam",
-)
+@pytest.mark.skipif(ON_GPU and not CAN_COMPILE, reason="needs nvcc and ninja: DeepSpeed compiles its Adam")
 @pytest.mark.runs("one gradient norm", "ZeRO-3 with offload")
 def test_zero3_with_offload(runs, report):
     """Parameters and optimizer in the CPU's memory, where DeepSpeed compiles its own Adam."""

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 
 from megatron_mtpd.specs import LatentAttention, SDPAttention, hybrid_stack_spec, local_norm  # noqa: E402
@@ -360,9 +361,12 @@ def test_both_specs_have_the_same_norms_under_the_same_keys(monkeypatch, qk_laye
         for kind in ("transformer_engine", "local")
     )
     expected = {layer: norm_keys(getattr(theirs, layer)) for layer in LAYERS}
-    if qk_layernorm:  # these are left to Megatron's SelfAttention, which takes its own norm where the spec has none
+    if qk_layernorm:
+        # Where the spec has no such norm Megatron's attentions take their own: apart, or fused with the up-projections.
         expected["attention_layer"] |= {f"self_attention.{x}_layernorm.weight" for x in "qk"}
-        assert {f"self_attention.linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv")} < expected["mla_layer"]
+        fused = resolved(theirs.mla_layer, "transformer_engine", qk_layernorm)
+        assert fused == {f"linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv")}
+        expected["mla_layer"] |= {f"self_attention.{key}" for key in fused}
     assert {layer: norm_keys(getattr(ours, layer)) for layer in LAYERS} == expected
     assert len(expected["mlp_layer"]) == len(expected["moe_layer"]) == 1
     for spec in (theirs, ours):
@@ -370,11 +374,13 @@ def test_both_specs_have_the_same_norms_under_the_same_keys(monkeypatch, qk_laye
         assert norm_keys(head) == {"enorm.weight", "hnorm.weight", "layer_norm.weight"}
 
 
-def test_megatrons_own_spec_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(platform, "uses_transformer_engine", lambda: True)
-    before = norm_keys(hybrid_layer_specs.hybrid_stack_spec.submodules.mla_layer)
-    hybrid_stack_spec(config(transformer_impl="transformer_engine", qk_layernorm=True))
-    assert norm_keys(hybrid_layer_specs.hybrid_stack_spec.submodules.mla_layer) == before == {"input_layernorm.weight"}
+def resolved(layer: ModuleSpec, kind: str, qk_layernorm: bool) -> set[str]:
+    """The projections of multi-latent attention that Megatron replaces by ones with a norm, as checkpoint keys."""
+    options = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8}
+    made = MLATransformerConfig(**options, transformer_impl=kind, qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    found = QKNormConfigResolver(made, layer.submodules.self_attention.submodules).resolve()
+    fused = hybrid_layer_specs.TELayerNormColumnParallelLinear
+    return {f"{name}.layer_norm_weight" for name, module in found.items() if module is fused}
 
 
 def test_local_spec_ends_in_a_local_norm():
