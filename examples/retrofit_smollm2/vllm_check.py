@@ -12,13 +12,13 @@ import os
 import subprocess
 from pathlib import Path
 
-from toy import ROOT
 from transformers import AutoTokenizer
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.speculative.prompts import read_prompts
 from megatron_mtpd.speculative.results import read_lines
 
+ROOT = Path(__file__).resolve().parents[2]
 CLIENT = ROOT / "tests" / "serving" / "vllm_client.py"
 
 

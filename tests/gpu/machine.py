@@ -28,16 +28,14 @@ def environment(**more: str) -> dict[str, str]:
 
 def python(*command: object, timeout: float = 600 if DRY_RUN else 240, **more: str) -> str:
     """Run this Python, from the checkout, with `more` environment variables: what it printed. Raises AssertionError
-    with the end of that where it fails."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    where it fails, with the last line of that, then more of it."""
+    words = [sys.executable, *map(str, command)]
+    env = environment(**more)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip()
+        last = said.rpartition("\n")[2]
+        raise AssertionError(f"status {done.returncode}, {last}\n{said[-4000:]}")
     return done.stdout
 
 
