@@ -143,6 +143,8 @@ def sharded_optimizer(
     """
     parameters = {name: p for name, p in _parameters(leaves).items() if p.requires_grad}
     owners = _owners(parameters, group.size())
+    if not is_loading:
+        _link(zero)
     param_state: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         for key in (WEIGHT, *MOMENTS):
@@ -216,5 +218,12 @@ def _make_state(zero: Any, step: int) -> None:
             "step": torch.tensor(float(step)) if of_torch else step,
             **{moment: torch.zeros_like(weight.data) for moment in MOMENTS},
         }
+    _link(zero)
+
+
+def _link(zero: Any) -> None:
+    """Let every parameter know its moments. At stages 1 and 2 DeepSpeed does it once, after the first update of the
+    first parameter group, when those of the other groups do not exist."""
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
