@@ -94,13 +94,6 @@ def test_tied_embeddings(tmp_path):
     check(run(tmp_path, 1, zero={"stage": 3}, tied=True), run(tmp_path, 1, tied=True), 1e-5)
 
 
-def test_gradients_that_are_not_finite_end_the_run(tmp_path):
-    """Without a word DeepSpeed would skip the step. The losses are finite here: the factor is in gradients alone."""
-    explodes = ("--mtp-loss-scaling-factor", "1e38")
-    with pytest.raises(gloo.RankError, match="The gradients are not finite"):
-        run(tmp_path, 1, *explodes, zero={"stage": 1})
-
-
 def save(folder: Path, *flags: str, zero: dict) -> tuple[Path, Metrics]:
     """A run of DeepSpeed's with its checkpoints: (their folder, the metrics)."""
     checkpoints = folder / "checkpoints"
