@@ -58,7 +58,7 @@ class DeepSpeedModelBuilder(MTPDModelBuilder):
     """Builds the model without Megatron's DDP, at ZeRO stage 3 in pieces, and wraps it for the loop."""
 
     def build_distributed_models(
-        self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any
+        self, pg_collection: ProcessGroupCollection, ddp_config: Any = None, **kwargs: Any
     ) -> list[DeepSpeedModel]:  # type: ignore[override]
         """The one chunk of the model, wrapped. Arguments as Megatron's."""
         if not comm.is_initialized():
@@ -74,9 +74,10 @@ class DeepSpeedModelBuilder(MTPDModelBuilder):
                 tensor_overrides=[],
             )
         with in_pieces:
-            (chunk,) = super().build_distributed_models(pg_collection, *args, **kwargs | {"wrap_with_ddp": False})
+            kwargs |= {"ddp_config": ddp_config, "wrap_with_ddp": False}
+            (chunk,) = super().build_distributed_models(pg_collection, **kwargs)
         config.transformer.finalize_model_grads_func = _reduced_by_zero
-        return [DeepSpeedModel(chunk, config.deepspeed, pg_collection)]
+        return [DeepSpeedModel(chunk, config.deepspeed, pg_collection, ddp_config.check_for_nan_in_grad)]
 
 
 def _reduced_by_zero(*args: Any, **kwargs: Any) -> None:
@@ -99,16 +100,20 @@ class DeepSpeedModel(nn.Module):
         chunk: the model, in Float16Module with bf16.
         config: of DeepSpeed.
         groups: Megatron's process groups.
+        check_for_nan_in_grad: end the run at a gradient that is not finite, as Megatron's DDP does.
 
     The engine comes into being with the optimizer (`build_optimizer`), which it needs.
     """
 
-    def __init__(self, chunk: nn.Module, config: dict[str, Any], groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, chunk: nn.Module, config: dict[str, Any], groups: ProcessGroupCollection, check_for_nan_in_grad: bool
+    ) -> None:
         super().__init__()
         self.module = chunk
         self.force_all_reduce = False  # set by the loop
         self._config = config
         self.groups = groups
+        self.check_for_nan_in_grad = check_for_nan_in_grad
         self._engine: list[Any] = []  # in a list, because the engine is a module around ours
 
     @property
@@ -196,10 +201,16 @@ class DeepSpeedOptimizer:
     def step(self) -> tuple[bool, float | None, None]:
         """Reduce what is not yet reduced, clip, update: (whether it was updated, gradient norm before clipping, None).
 
-        Not updated is a step whose gradients are not finite."""
+        Not updated is a step whose gradients are not finite: RuntimeError then, unless the run is to skip such steps.
+        """
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         updated = self._engine.was_step_applied()
+        if not updated and self._model.check_for_nan_in_grad:
+            raise RuntimeError(
+                "The gradients are not finite, in a step whose loss is. To skip such steps, add "
+                "--no-check-for-nan-in-loss-and-grad."
+            )
         return updated, float(norm) if updated and norm is not None else math.nan, None
 
     def reload_model_params(self, state_dict: Any = None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import checkpoint
 
 from megatron_mtpd import platform
 from megatron_mtpd.checkpoint.extend import extend
@@ -23,7 +24,7 @@ from megatron_mtpd.checkpoint.iterations import resolve
 from megatron_mtpd.checkpoint.looping import make_plan
 from megatron_mtpd.checkpoint.metadata import CheckpointError, head_of, is_optimizer, read_metadata
 from tests.distributed import gloo, training
-from tests.distributed.training import SAVED, Metrics, second_half
+from tests.distributed.training import ITERATIONS, SAVED, Metrics, second_half
 
 pytestmark = [
     pytest.mark.distributed,
@@ -171,6 +172,37 @@ def test_new_heads_on_a_frozen_trunk_with_offload(tmp_path, trained):
     check(found, expected, 1e-3)
     assert resume(tmp_path, ours, *new_heads, zero=zero) == second_half(found)
     check(resume(tmp_path, megatrons, *new_heads, zero=zero), second_half(expected), 1e-3)
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    """Of the model in the last checkpoint, whole."""
+    metadata = read_metadata(resolve(root)[1])
+    stored = {key: tensor for key, tensor in metadata.tensors.items() if not is_optimizer(key)}
+    tensors = {key: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype)) for key, tensor in stored.items()}
+    checkpoint.load(tensors, storage_reader=checkpoint.FileSystemReader(metadata.directory), no_dist=True)
+    return tensors
+
+
+def test_heads_on_a_frozen_trunk_in_another_layout_with_offload(tmp_path, trained_in_fp32):
+    """Two ranks' checkpoint, in pieces of tensor-parallel shards on the CPU: fp32, the order of sums as above."""
+    source, saved = trained_in_fp32[0], tmp_path / "checkpoints"
+    start = ["--load", str(source), "--finetune", "--mtpd-train", "heads"]
+    zero = {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}
+    found = run(tmp_path, 4, *start, "--save", str(saved), "--tensor-model-parallel-size", "2", zero=zero)
+    check(found, run(tmp_path, 1, *start), 1e-5)
+    before, after = weights(source), weights(saved)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8))}
+    assert changed == {key for key in before if head_of(key) is not None}, "all of the heads, no byte of the trunk"
+
+
+def test_gradients_that_are_not_finite_end_the_run_as_with_megatron(tmp_path):
+    """A factor that the loss survives in fp32, and the sum of the gradients' squares does not; or each is skipped."""
+    overflow = ["--mtp-loss-scaling-factor", "1e38"]
+    with pytest.raises(gloo.RankError, match="--no-check-for-nan-in-loss-and-grad"):
+        run(tmp_path, 1, *overflow, zero={"stage": 2})
+    found = run(tmp_path, 1, *overflow, "--no-check-for-nan-in-loss-and-grad", zero={"stage": 2})
+    assert max(found) == ITERATIONS and "lm loss" not in found[ITERATIONS], "Megatron's loop reports no skipped step"
 
 
 def command(tool: str, *arguments: object) -> None:
