@@ -4,6 +4,7 @@ A record's fields tell its format, so a file needs no option:
 
 | fields of a record | benchmarks | prompt |
 |---|---|---|
+| `tokens`, `prompt_tokens` | `generate_data.py` | the first tokens, which were given; the others are its answer |
 | `prompt` | HumanEval, own files | as it is |
 | `turns` | Spec-Bench, MT-bench | the first turn |
 | `question`, `options` (and `passage`) | AGIEval, SuperGPQA | passage, question, options, "Answer:" |
@@ -14,7 +15,7 @@ A record's fields tell its format, so a file needs no option:
 Files: .jsonl, .json (a list, a record, or TriviaQA's `Data`), .csv, anything else is text with a prompt on each line;
 each may be compressed (.gz). A folder stands for the files in it (MATH is one file a problem).
 
-Deliberately absent: chat templates, few-shot examples, downloading, answers.
+Deliberately absent: chat templates, few-shot examples, downloading, answers of anybody else.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Prompt(NamedTuple):
     """Where it stands: file and number of the record, from 1."""
     text: str
     error: str = ""
+    tokens: tuple[int, ...] = ()
+    """Instead of `text`: prompt and answer of the model, as ids."""
+    given: int = 0
+    """How many of `tokens` are the prompt."""
 
 
 def read_prompts(sources: Sequence[str]) -> list[Prompt]:
@@ -73,7 +78,11 @@ def _read_file(benchmark: str, path: Path) -> Iterator[Prompt]:
     for number, record in enumerate(_records(_kind(path), text), 1):
         name = f"{path.name}:{number}"
         try:
-            yield Prompt(benchmark, name, render(record() if callable(record) else record))
+            record = record() if callable(record) else record
+            if isinstance(record, dict) and record.keys() >= {"tokens", "prompt_tokens"}:
+                yield Prompt(benchmark, name, "", "", *_document(record))
+            else:
+                yield Prompt(benchmark, name, render(record))
         except (ValueError, TypeError, KeyError, IndexError) as error:
             yield Prompt(benchmark, name, "", f"{type(error).__name__}: {error}")
 
@@ -100,6 +109,15 @@ def _records(kind: str, text: str) -> Iterator[Any]:
 
 def _raise(message: str) -> None:
     raise ValueError(message)
+
+
+def _document(record: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    tokens, given = record["tokens"], record["prompt_tokens"]
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ValueError("tokens is not a list of token ids")
+    if type(given) is not int or not 0 < given <= len(tokens):
+        raise ValueError(f"prompt_tokens is {given!r}, of {len(tokens)} tokens")
+    return tuple(tokens), given
 
 
 def render(record: Any) -> str:

@@ -203,7 +203,11 @@ class Writer:
         prompt = self.prompts[index]
         if prompt.error:
             raise ValueError(prompt.error)
-        ids = self.first + self._encode(self.turn.around(prompt.text) if self.turn else prompt.text)
+        ids = list(prompt.tokens[: prompt.given])
+        if ids and self.options.chat:
+            raise ValueError("it is token ids, which no chat template goes around: leave --chat out")
+        if not ids:
+            ids = self.first + self._encode(self.turn.around(prompt.text) if self.turn else prompt.text)
         if not ids or len(ids) > self.longest_prompt:
             raise ValueError(f"{len(ids)} tokens; with --max-new-tokens there is room for {self.longest_prompt}")
         if max(ids) >= self.tokenizer.vocab_size or min(ids) < 0:

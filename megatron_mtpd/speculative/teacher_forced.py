@@ -1,10 +1,11 @@
 """Acceptance without decoding: one pass over text, where every position starts a draft.
 
-Heads see the true tokens of the text, and a draft counts as accepted where the main head's argmax agrees. So it is not
-the acceptance of decoding, where the text is the model's own; it is fast, and comparable between the checkpoints of a
-run. The numbers are the model's own report of its loss (`losses.report.LossReport`), the one that training writes at
-every validation: there is no second way of counting. The main head's loss stands beside them, because a model that is
-easier to predict is also accepted more often.
+Heads see the true tokens of the text, and a draft counts as accepted where the main head's argmax agrees. On somebody's
+text that is not the acceptance of decoding, where the text is the model's own; it is fast, and comparable between the
+checkpoints of a run. On what the model itself wrote greedily, it is what greedy decoding accepts, had it started a
+draft at every position. The numbers are the model's own report of its loss (`losses.report.LossReport`), the one that
+training writes at every validation: there is no second way of counting. The main head's loss stands beside them,
+because a model that is easier to predict is also accepted more often.
 
 Deliberately absent: sampling from text, data loading: the caller brings token ids.
 """
@@ -81,8 +82,8 @@ def measure(model: MTPDModel, texts: Iterable[list[int]], batch_size: int = 8) -
 
 
 @torch.no_grad()
-def per_batch(model: MTPDModel, texts: Iterable[list[int]], batch_size: int) -> Iterator[TeacherForced]:
-    """`measure` of each batch of texts."""
+def per_batch(model: MTPDModel, texts: Iterable[list[int]], batch_size: int, given: int = 0) -> Iterator[TeacherForced]:
+    """`measure` of each batch of texts, without the first `given` tokens of each, which all the others see."""
     device = next(model.parameters()).device
     for batch in batched(texts, batch_size):
         length = max(len(text) for text in batch)
@@ -90,7 +91,7 @@ def per_batch(model: MTPDModel, texts: Iterable[list[int]], batch_size: int) -> 
         mask = torch.zeros(len(batch), length)
         for row, text in enumerate(batch):
             ids[row, : len(text)] = torch.tensor(text)
-            mask[row, : len(text) - 1] = 1.0  # the last token has no target
+            mask[row, max(0, given - 1) : len(text) - 1] = 1.0  # the last token has no target
         yield _measure(model, ids.to(device), mask.to(device))
 
 

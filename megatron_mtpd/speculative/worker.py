@@ -142,7 +142,7 @@ class Worker:
             error, ids = prompt.error, []
             if not error:
                 try:
-                    ids = self.tokenizer.encode([prompt.text])[0]
+                    ids = self._encode(prompt, run)
                 except Exception as reason:  # whatever a tokenizer finds wrong with a text
                     error = f"{type(reason).__name__}: {reason}"
                 if not error and not all(0 <= i < self.tokenizer.vocab_size for i in ids):
@@ -155,13 +155,18 @@ class Worker:
             else:
                 yield index, ids[-self.max_prompt_tokens :], max(0, len(ids) - self.max_prompt_tokens)
 
+    def _encode(self, prompt: Prompt, run: Run) -> list[int]:
+        if not prompt.tokens:
+            return self.tokenizer.encode([prompt.text])[0]
+        return list(prompt.tokens if run == TEACHER_FORCED else prompt.tokens[: prompt.given])
+
     def _write(self, run: Run, index: int, values: dict[str, Any]) -> None:
         if self.writes:
             self.results.append(run, index, **values)
 
     def _measure(self, share: list[int], advance: Callable[[int], None]) -> None:
         for index, ids, cut in self._tokens(share, TEACHER_FORCED, advance):
-            (result,) = per_batch(self.loaded.model, [ids], 1)
+            (result,) = per_batch(self.loaded.model, [ids], 1, self.prompts[index].given - cut)
             self._write(TEACHER_FORCED, index, {"cut": cut, **asdict(result)})
             advance(len(ids))
 

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_mtpd.speculative import benchmark, loading, report, worker
 from megatron_mtpd.speculative.counts import Acceptance
+from megatron_mtpd.speculative.results import read_lines
 from megatron_mtpd.speculative.sampling import Sampling
 from tests.distributed.checkpoints import HEADS, ITERATION, save_checkpoint
 from tests.distributed.gloo import run
@@ -103,6 +104,22 @@ def test_counts_are_those_of_the_reference_on_any_layout(folder, truth, tmp_path
     assert sum(drafts for drafts, _ in by_name) == truth.num_drafts
     assert [row["num_heads"] for row in summary["runs"]] == [0, 1, HEADS]
     assert all(row.get("outputs_equal_to_plain", "12 of 12") == "12 of 12" for row in summary["runs"])
+
+
+def test_answers_of_the_model_are_measured_at_every_token(folder, truth, tmp_path):
+    """And decoded again, from what was given of each."""
+    run(measure, 1, options(folder, tmp_path / "plain", num_heads=[0]))
+    written = {line["prompt"]: line.get("tokens") for line in read_lines(tmp_path / "plain") if line["run"] == 0}
+    answers = [tokens for _, tokens in sorted(written.items()) if tokens]
+    documents = [
+        {"tokens": [*text, *answer], "prompt_tokens": len(text)} for text, answer in zip(TEXTS, answers, strict=True)
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (summary,) = run(measure, 1, options(folder, tmp_path / "out", prompts=[str(tmp_path / "own.jsonl")]))
+    assert counts(summary) == (truth.num_drafts, truth.num_accepted_tokens_per_pos)
+    forced = summary["teacher_forced"]
+    assert forced["main_loss_tokens"] == SIZE * len(TEXTS)
+    assert forced["num_drafts"] == (SIZE - 1) * len(TEXTS), "the last token has no draft"
 
 
 def test_files_and_fields(folder, tmp_path):

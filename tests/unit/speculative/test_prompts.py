@@ -75,6 +75,21 @@ def test_files_of_every_kind(tmp_path):
     ]
 
 
+def test_what_the_model_wrote_is_prompt_and_answer(tmp_path):
+    document = {"text": "for people", "tokens": [5, 6, 7], "prompt_tokens": 2, "ended": True}
+    bad = [document | {"prompt_tokens": n} for n in (0, 4, "2")] + [document | {"tokens": t} for t in ("5 6", [5, 6.5])]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(one) for one in [document, *bad]))
+    good, *others = read_prompts([str(tmp_path / "own.jsonl")])
+    assert good == Prompt("own", "own.jsonl:1", "", "", (5, 6, 7), 2)
+    assert [one.error for one in others] == [
+        "ValueError: prompt_tokens is 0, of 3 tokens",
+        "ValueError: prompt_tokens is 4, of 3 tokens",
+        "ValueError: prompt_tokens is '2', of 3 tokens",
+        "ValueError: tokens is not a list of token ids",
+        "ValueError: tokens is not a list of token ids",
+    ]
+
+
 def test_a_bad_record_is_one_bad_prompt(tmp_path):
     lines = [json.dumps(GSM8K), "{not json", '{"a": 1}', "3", '{"prompt": " "}', '{"turns": []}', json.dumps(GSM8K)]
     (tmp_path / "some.jsonl").write_text("\n".join(lines))

@@ -1,12 +1,16 @@
 """The measure on text, against loops over positions."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from megatron_mtpd.speculative.counts import Acceptance
-from megatron_mtpd.speculative.teacher_forced import TeacherForced, measure
+from megatron_mtpd.speculative.decoder import Decoder
+from megatron_mtpd.speculative.generate import Request, generate
+from megatron_mtpd.speculative.teacher_forced import TeacherForced, measure, per_batch
 from megatron_mtpd.training.metrics import metrics_from_report
-from tests.unit.speculative.toys import hidden_states, prompts, toy_model
+from tests.unit.speculative.toys import VOCABULARY, hidden_states, prompts, toy_model
 
 EOD = 3
 
@@ -90,6 +94,27 @@ def test_the_batch_does_not_matter(model):
     assert one.acceptance == all_together.acceptance
     assert one.heads_loss_tokens == all_together.heads_loss_tokens
     assert one.heads_loss_sum == pytest.approx(all_together.heads_loss_sum, rel=1e-5)
+
+
+def test_on_its_own_greedy_text_it_counts_what_decoding_accepts(model):
+    """What is given is seen and not measured. A decoder starts a draft where the last one ended: the same ones."""
+    prompt = next(text for text in prompts(12, seed=11, longest=30) if len(text) > 10)
+    decoder = Decoder(model, 3, 1, len(prompt) + 64, VOCABULARY)
+    found, longer = (next(generate(decoder, [Request(0, prompt, number)])) for number in (40, 48))
+    text = [*prompt, *longer.tokens]
+    counts = [next(per_batch(model, [text], 1, given)).acceptance for given in range(len(text))]
+    assert counts[0] == counts[1] == measure(model, [text]).acceptance
+    accepted = [  # by position: of those from it on, less those from the next one on
+        sum(a - b for a, b in zip(x.num_accepted_tokens_per_pos, y.num_accepted_tokens_per_pos, strict=True))
+        for x, y in pairwise(counts[1:])
+    ]
+    expected, position, tokens = Acceptance.of_heads(3), len(prompt) - 1, 1
+    while tokens < 40:
+        expected.add(3, accepted[position])
+        tokens += accepted[position] + 1
+        position += accepted[position] + 1
+    assert found.acceptance == expected
+    assert expected.num_accepted_tokens_per_pos[-1] > 0
 
 
 def test_no_text_is_refused(model):
