@@ -107,15 +107,15 @@ def test_step_without_heads(tmp_path, report):
 
 def test_fused_beside_eager(tmp_path, report):
     """At 1,024 tokens, where the eager loss fits beside the model: the fused one is faster and smaller."""
-    flags = wide(SHORT_2B_1024)
+    flags, size = wide(SHORT_2B_1024), "toy" if DRY_RUN else "1,024 tokens"
     rows = measure(tmp_path, flags, ["mtpd_eager", "mtpd_fused"])
     for variant, row in rows.items():
-        report(f"1,024 tokens, {variant}", f"{1e3 * row['seconds_median']:.1f} ms, {row['peak_bytes'] / GIB:.2f} GiB")
+        report(f"{size}, {variant}", f"{1e3 * row['seconds_median']:.1f} ms, {row['peak_bytes'] / GIB:.2f} GiB")
     time, peak = (rows["mtpd_fused"][x] / rows["mtpd_eager"][x] for x in ("seconds_median", "peak_bytes"))
-    report("1,024 tokens, fused / eager", f"time {time:.3f}, memory {peak:.3f}")
+    report(f"{size}, fused / eager", f"time {time:.3f}, memory {peak:.3f}")
     if ON_GPU:
         assert time < 1.0
         assert peak < 1.0
     for variant, row in rows.items():
         loss = variant.removeprefix("mtpd_")
-        check_plan(f"1,024 tokens, {variant}", [*flags, "--mtpd-loss", loss], row, report)
+        check_plan(f"{size}, {variant}", [*flags, "--mtpd-loss", loss], row, report)
