@@ -13,16 +13,19 @@ from toy import final_validation
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.provenance import provenance
-from megatron_mtpd.speculative.results import read_lines
+from megatron_mtpd.speculative.results import Run, read_lines
+from megatron_mtpd.speculative.worker import TEACHER_FORCED
 
 SHOWN = (1, 2, 3, 4, 8, 16)
+COMPARED = {"answers": TEACHER_FORCED, "acceptance": 4, "sampled": 4}
+"""By folder of a stage: the run in it that plain MTP and MTP-D are compared by."""
 
 
 def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]) -> str:
     """Write all three into `out`, and return the text of RESULTS.md. `stages`: each with its folder."""
     rows = [_row(stage, folder) for stage, folder in stages]
     folders = {stage.name: folder for stage, folder in stages}
-    gains = {how: gain(folders["mtp"] / how, folders["mtpd"] / how) for how in ("acceptance", "sampled")}
+    gains = {how: gain(folders["mtp"] / how, folders["mtpd"] / how, run) for how, run in COMPARED.items()}
     speed = json.loads((out / "speed" / "acceptance.json").read_text())
     theirs = json.loads((out / "speed" / "transformers.json").read_text())
     generated = json.loads((out / "generated" / "summary.json").read_text())
@@ -42,8 +45,9 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
 def _row(stage: Any, folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "acceptance" / "acceptance.json").read_text())
     run = _of_heads(found, stage.heads)
-    forced = found["teacher_forced"]
+    forced = found[TEACHER_FORCED]
     names = ("cumulative_acceptance_rate", "cumulative_acceptance_rate_interval", "acceptance_length", "num_drafts")
+    answers = json.loads((folder / "answers" / "acceptance.json").read_text())
     sampled = folder / "sampled" / "acceptance.json"
     command = ["--tensorboard-dir", str(folder / "tensorboard")]
     return {
@@ -52,7 +56,7 @@ def _row(stage: Any, folder: Path) -> dict[str, Any]:
         "heads": stage.heads,
         "trained": stage.trains,
         "main_loss": forced["main_loss"],
-        "overlap": forced["overlap"],
+        "answers": {"num_prompts": answers["num_prompts"], **answers[TEACHER_FORCED]},
         **{name: run[name] for name in names},
         "benchmarks": {name: {n: one[n] for n in names} for name, one in run["benchmarks"].items()},
         "equal": run["outputs_equal_to_plain"],
@@ -72,16 +76,16 @@ def _sampled(found: dict[str, Any], heads: int) -> dict[str, Any]:
     return {"num_prompts": found["num_prompts"], **{name: run[name] for name in names}}
 
 
-def gain(plain: Path, distilled: Path, heads: int = 4, resamples: int = 10_000) -> list[dict[str, float]]:
+def gain(plain: Path, distilled: Path, run: Run, heads: int = 4, resamples: int = 10_000) -> list[dict[str, float]]:
     """CAR_1, CAR_2, ... of the second less the first's, in points, with their 95 % intervals: a bootstrap over the
     prompts, which both have answered, because the drafts of one prompt are alike."""
-    counts = [_counts(folder, heads) for folder in (plain, distilled)]
+    counts = [_counts(folder, run) for folder in (plain, distilled)]
     prompts = sorted(counts[0].keys() & counts[1].keys())
     table = np.array([[counts[which][prompt] for prompt in prompts] for which in (0, 1)], dtype=float)
     drawn = np.random.default_rng(0).integers(len(prompts), size=(resamples, len(prompts)))
     found = []
     for head in range(heads):
-        accepted, drafts = table[:, :, head], table[:, :, heads]
+        accepted, drafts = table[:, :, 0, head], table[:, :, 1, head]
         rates = 100 * accepted.sum(1) / drafts.sum(1)
         sampled = 100 * accepted[:, drawn].sum(2) / drafts[:, drawn].sum(2)
         low, high = np.percentile(sampled[1] - sampled[0], [2.5, 97.5])
@@ -89,13 +93,13 @@ def gain(plain: Path, distilled: Path, heads: int = 4, resamples: int = 10_000) 
     return found
 
 
-def _counts(folder: Path, heads: int) -> dict[int, list[int]]:
-    """By prompt, of the run with so many heads: drafts whose first 1, 2, ... tokens were accepted, and all drafts."""
+def _counts(folder: Path, run: Run) -> dict[int, list[list[int]]]:
+    """By prompt: drafts whose first 1, 2, ... tokens were accepted, and all drafts that had so many."""
     found = {}
     for line in read_lines(folder):
         acceptance = line.get("acceptance", {})
-        if line["run"] == heads and acceptance.get("num_drafts"):
-            found[line["prompt"]] = [*acceptance["num_accepted_tokens_per_pos"], acceptance["num_drafts"]]
+        if line["run"] == run and acceptance.get("num_drafts"):
+            found[line["prompt"]] = [acceptance[f"num_{what}_tokens_per_pos"] for what in ("accepted", "draft")]
     return found
 
 
@@ -121,8 +125,8 @@ def _introduction(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[
         "",
         f"Each variant's heads saw {tokens:,} tokens: half Python's standard library, half from the "
         f"{generated['tokens']:,} tokens of {generated['documents']} questions and answers that the model wrote. "
-        f"Measured on {rows[0]['num_prompts']} prompts, half of HumanEval, half questions of MMLU and GSM8K in the "
-        "chat template, up to 64 tokens each or the end of the answer; none was trained on.",
+        "Measured on functions of HumanEval and questions of MMLU and GSM8K in the chat template, half and half, none "
+        "of which was trained on.",
         "",
         "The trunk was frozen, so the main head is the same in every row, by construction: its loss on the prompts is "
         f"{losses} nats a token, and the output is what it was without heads.",
@@ -132,7 +136,7 @@ def _introduction(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[
 
 def _command(options: dict[str, Any]) -> str:
     words = ["python", "examples/retrofit_smollm2/run.py"]
-    for name in ("steps", "batch", "lr", "questions", "prompts", "dtype", "seed"):
+    for name in ("steps", "batch", "lr", "questions", "answers", "prompts", "dtype", "seed"):
         words += [f"--{name}", f"{options[name]:g}" if isinstance(options[name], float) else str(options[name])]
     if options["model"]:
         words += ["--model", str(options["model"])]
@@ -143,23 +147,22 @@ def _command(options: dict[str, Any]) -> str:
 
 def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, float]]]) -> list[str]:
     first = rows[0]
-    shown = [k for k in SHOWN if k <= max(row["heads"] for row in rows)]
+    answers = first["answers"]
     lines = [
         "## Acceptance",
         "",
-        "Greedy. CAR_k: heads 1 to k all accepted, in % of the drafts; for k = 4 with its 95 % interval, which takes "
-        "drafts as independent.",
+        "CAR_k: heads 1 to k all accepted, in % of the drafts; the interval of CAR_4 (95 %) takes drafts as "
+        "independent, and the tokens of a step are the main head's one and the mean of what is accepted.",
         "",
-        "| heads | " + " | ".join(f"CAR_{k}" for k in shown) + " | CAR_4 between | tokens/step | drafts |",
-        "|---" * (len(shown) + 4) + "|",
+        f"Greedily, had a draft begun at each of the {answers['main_loss_tokens']:,} tokens of the model's answers to "
+        f"{answers['num_prompts']} prompts, of which the main head's loss is {answers['main_loss']:.4f} nats a token:",
+        "",
+        *_table(rows, [row["answers"] for row in rows]),
+        "",
+        f"Greedily, by decoding, up to 64 tokens for each of {first['num_prompts']} prompts:",
+        "",
+        *_table(rows, rows),
     ]
-    for row in rows:
-        rates = [_percent(row["cumulative_acceptance_rate"], k) for k in shown]
-        low, high = row["cumulative_acceptance_rate_interval"][3]
-        lines.append(
-            f"| {row['title']}{'' if row['trained'] else ', untrained'} | {' | '.join(rates)} | {100 * low:.2f} - "
-            f"{100 * high:.2f} | {row['acceptance_length']:.3f} | {row['num_drafts']} |"
-        )
     lines += ["", "By benchmark, CAR_1 and CAR_4 (%):", "", "| heads | " + " | ".join(first["benchmarks"]) + " |"]
     lines.append("|---" * (len(first["benchmarks"]) + 1) + "|")
     for row in rows:
@@ -190,13 +193,30 @@ def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, floa
         "| | " + " | ".join(f"CAR_{k}" for k in range(1, 5)) + " |",
         "|---" * 5 + "|",
     ]
-    for how, name in (("greedy", "acceptance"), ("sampled", "sampled")):
+    for how, name in (("greedy, every token", "answers"), ("greedy", "acceptance"), ("sampled", "sampled")):
         cells = [f"{x['points']:+.2f} ({x['low']:+.2f} to {x['high']:+.2f})" for x in gains[name]]
         lines.append(f"| {how} | {' | '.join(cells)} |")
-    last = gains["acceptance"][3]
+    last = gains["answers"][3]
     verdict = "more" if last["low"] > 0 or last["high"] < 0 else "no more"
-    lines += ["", f"Greedily, CAR_4 differs by {verdict} than chance explains."]
+    lines += ["", f"At every token, CAR_4 differs by {verdict} than chance explains."]
     return [*lines, "", "![acceptance](retrofit_smollm2.png)", ""]
+
+
+def _table(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    """One line for each stage."""
+    shown = [k for k in SHOWN if k <= max(row["heads"] for row in rows)]
+    lines = [
+        "| heads | " + " | ".join(f"CAR_{k}" for k in shown) + " | CAR_4 between | tokens/step | drafts |",
+        "|---" * (len(shown) + 4) + "|",
+    ]
+    for row, one in zip(rows, found, strict=True):
+        rates = [_percent(one["cumulative_acceptance_rate"], k) for k in shown]
+        low, high = one["cumulative_acceptance_rate_interval"][3]
+        lines.append(
+            f"| {row['title']}{'' if row['trained'] else ', untrained'} | {' | '.join(rates)} | {100 * low:.2f} - "
+            f"{100 * high:.2f} | {one['acceptance_length']:.3f} | {one['num_drafts']} |"
+        )
+    return lines
 
 
 def _speed(document: dict[str, Any]) -> list[str]:
@@ -265,11 +285,11 @@ def draw(rows: list[dict[str, Any]], speed: list[dict[str, Any]], theirs: dict[s
 
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for number, row in enumerate(rows):
-        rates = [100 * (rate or 0.0) for rate in row["cumulative_acceptance_rate"]]
+        rates = [100 * (rate or 0.0) for rate in row["answers"]["cumulative_acceptance_rate"]]
         style = "-" if row["trained"] else "--"
         curves.plot(range(1, len(rates) + 1), rates, style, marker=".", color=f"C{number}", label=row["title"])
     curves.set(
-        title="heads 1 to k all accepted, greedy",
+        title="heads 1 to k all accepted, greedy, from every token",
         xlabel="k",
         ylabel="% of drafts",
         xticks=range(1, max(row["heads"] for row in rows) + 1),

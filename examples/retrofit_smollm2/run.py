@@ -1,11 +1,12 @@
-"""Retrofit: a real model that has no multi-token prediction heads gets four, and is served faster with them.
+"""Retrofit: a real model that has no multi-token prediction heads gets four, and serves with them.
 
 SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four random heads. Its trunk stays frozen, so
 that it says what it said before, whatever the heads are worth. The heads are trained on Python's standard library and
-on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured, greedily and sampled, on
-prompts that nothing was trained on. MTP-D's are exported for transformers and vLLM with the measured acceptance in the
-model card, and timed against transformers' plain decoding. `--further` adds the LK objective, a start from copies of
-the trunk's last layer, and MTP-D's heads copied to 8 and 16. RESULTS.md says what came of it.
+on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured on prompts that nothing
+was trained on: at every token of what the model answers greedily, and by decoding, greedily and sampled. MTP-D's are
+exported for transformers and vLLM with the measured acceptance in the model card, and timed against transformers' plain
+decoding. `--further` adds the LK objective, a start from copies of the trunk's last layer, and MTP-D's heads copied to
+8 and 16. RESULTS.md says what came of it.
 
 Two cores take half an hour, and as long again with `--further`; what is done is not done again, so that it can be
 stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000 --prompts 150
@@ -89,7 +90,8 @@ def main() -> None:
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
     add("--lr", type=float, default=2e-3, help="[%(default)s]")
     add("--questions", type=int, default=160, help="that the model asks itself, and answers [%(default)s]")
-    add("--prompts", type=int, default=48, help="of each of the two benchmarks [%(default)s]")
+    add("--answers", type=int, default=100, help="to prompts of each benchmark, measured at every token [%(default)s]")
+    add("--prompts", type=int, default=48, help="of each of the two benchmarks, decoded with heads [%(default)s]")
     add("--at-once", type=int, default=min(2, CORES), help="trainings at a time [%(default)s]")
     add("--seed", type=int, default=1234, help="[%(default)s]")
     add("--output", type=Path, default=ROOT / "runs" / "retrofit_smollm2", metavar="DIR", help="[%(default)s]")
@@ -101,10 +103,11 @@ def main() -> None:
         "steps": 2,
         "new_steps": 0,
         "batch": 1,
-        "questions": 50,
+        "questions": 50,  # some are validated on
+        "answers": 1,
         "prompts": 1,
         "at_once": 1,
-    }  # some questions are validated on
+    }
     for name, value in least.items():
         if getattr(options, name) < value:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {value}.")
@@ -117,7 +120,7 @@ class Retrofit:
     def __init__(self, options: argparse.Namespace, out: Path) -> None:
         self.options, self.out = options, out
         os.environ.update(KEEP_MEMORY)
-        kept = ("steps", "batch", "lr", "questions", "prompts", "seed", "dtype", "model")
+        kept = ("steps", "batch", "lr", "questions", "answers", "prompts", "seed", "dtype", "model")
         keep_settings(out, {name: str(getattr(options, name)) for name in kept})
         self.packages = out / "packages"
         self.packages.mkdir(exist_ok=True)
@@ -130,6 +133,7 @@ class Retrofit:
         self.data = [1, self.real_text(), 1, self.own_text()]
         self.train(COMPARED, self.options.steps)
         for stage in COMPARED:
+            self.measure_answers(stage)
             self.measure(stage)
             self.measure_sampled(stage)
         exported = {form: self.export("mtpd", form) for form in ("transformers", "deepseek-v3")}
@@ -150,6 +154,7 @@ class Retrofit:
             else:
                 self.extend(stage)
         for stage in stages:
+            self.measure_answers(stage)
             self.measure(stage)
         return stages
 
@@ -176,12 +181,23 @@ class Retrofit:
         return self.tokenized("stdlib", "--input", "python-stdlib")
 
     def own_text(self) -> Path:
-        folder, model = self.out / "generated", self.imported("random")
+        words = ["--questions", self.options.questions, "--max-new-tokens", 192, "--temperature", 0.6]
+        written = self.written("generated", *words, "--seed", self.options.seed)
+        return self.tokenized("own", "--input", written, "--json-key", "tokens")
+
+    def answers(self) -> list[Path]:
+        """What the model says to the prompts, greedily: by benchmark."""
+        prompts = packages.write_prompts(self.packages, self.turn, self.options.answers)
+        words = ("--max-new-tokens", 128, "--temperature", 0)
+        return [self.written(f"answers/{p.stem}", "--prompts", p, *words) for p in prompts]
+
+    def written(self, name: str, *words: object) -> Path:
+        """Text that the model writes, with its main head alone."""
+        folder = self.out / name
         if not (folder / "generated.jsonl").exists():
-            words = ["--load", model, "--output", folder, "--questions", self.options.questions, "--batch-size", 64]
-            words += ["--max-new-tokens", 192, "--temperature", 0.6, "--seed", self.options.seed]
-            tool("generate_data.py", *words, ranks=RANKS)
-        return self.tokenized("own", "--input", folder / "generated.jsonl", "--json-key", "tokens")
+            load = ("--load", self.imported("random"), "--output", folder, "--batch-size", 64)
+            tool("generate_data.py", *load, *words, ranks=RANKS)
+        return folder / "generated.jsonl"
 
     def tokenized(self, name: str, *words: object) -> Path:
         prefix = self.out / "data" / name
@@ -227,6 +243,13 @@ class Retrofit:
             words = ["--load", self.checkpoints(stage.source), "--save", save, "--num-heads", stage.heads]
             tool("loop_extend.py", *words)
 
+    def measure_answers(self, stage: Stage) -> None:
+        """Greedy acceptance of a draft from every token of the model's answers, in one pass over each."""
+        results = self.folder(stage.name) / "answers"
+        if not done(results / "acceptance.json"):
+            answers = [f"{path.parent.name}={path}" for path in self.answers()]
+            self.benchmark(stage.name, results, answers, [stage.heads], "--teacher-forced", ranks=RANKS)
+
     def measure(self, stage: Stage) -> None:
         """Greedy acceptance with all heads, and the main head's loss; all cores, and no claim on speed."""
         results = self.folder(stage.name) / "acceptance"
@@ -242,10 +265,10 @@ class Retrofit:
             self.benchmark(stage.name, results, self.prompts, [stage.heads], *words, ranks=RANKS)
 
     def benchmark(
-        self, stage: str, results: Path, prompts: list[Path], heads: Iterable[int], *words: object, ranks: int = 1
+        self, stage: str, results: Path, prompts: Sequence[object], heads: Iterable[int], *words: object, ranks: int = 1
     ) -> None:
         words = ("--load", self.checkpoints(stage), "--prompts", *prompts, "--output", results, *words)
-        words = (*words, "--num-heads", *heads, "--max-new-tokens", NEW_TOKENS, "--max-prompt-tokens", 512)
+        words = (*words, "--num-heads", *heads, "--max-new-tokens", NEW_TOKENS, "--max-prompt-tokens", 768)
         tool("benchmark_acceptance.py", *words, ranks=ranks)
 
     def export(self, stage: str, form: str) -> Path:
