@@ -14,16 +14,19 @@ Deliberately absent: optimisation, data, reports. Inference goes through `hidden
 from __future__ import annotations
 
 import inspect
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
@@ -45,6 +48,7 @@ class MTPDModel(HybridModel):
     Args:
         mtpd: the method's options.
         eod_token_id: the end-of-document token; heads form no pairs across it. None: documents are not told apart.
+        rope_scaling_factor: of Llama 3's scaled rotary positions; None: they are not scaled.
         others: as HybridModel.
 
     Attributes:
@@ -55,9 +59,16 @@ class MTPDModel(HybridModel):
     """
 
     def __init__(
-        self, *args: Any, mtpd: MTPDConfig | None = None, eod_token_id: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        mtpd: MTPDConfig | None = None,
+        eod_token_id: int | None = None,
+        rope_scaling_factor: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if rope_scaling_factor is not None:
+            self.rotary_pos_emb = self._scaled_rotary_positions(rope_scaling_factor, **kwargs)
         self.mtpd = mtpd or MTPDConfig()
         self.eod_token_id = eod_token_id
         self.iteration = 0
@@ -89,6 +100,20 @@ class MTPDModel(HybridModel):
             if self.mtpd.on_policy_fraction:
                 for layer in self.mtp.layers:
                     layer.register_forward_pre_hook(self._feed_drafts, with_kwargs=True)
+
+    def _scaled_rotary_positions(
+        self, factor: float, rotary_percent: float = 1.0, rotary_base: int = 10000, **_others: Any
+    ) -> RotaryEmbedding:
+        """What megatron-core 0.19 gives to GPTModel for --use-rope-scaling, and to HybridModel not."""
+        return RotaryEmbedding(
+            self.config.kv_channels,
+            rotary_percent,
+            rotary_base=rotary_base,
+            rope_scaling=True,
+            rope_scaling_factor=factor,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
 
     # Hidden states -----------------------------------------------------------------------------------------------
 
@@ -305,6 +330,28 @@ class MTPDModelConfig(HybridModelConfig):
     builder: ClassVar[str] = "megatron_mtpd.model.MTPDModelBuilder"
     mtpd: MTPDConfig = field(default_factory=MTPDConfig)
     eod_token_id: int | None = None
+    rope_scaling_factor: float | None = None
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Self:
+        """Megatron's `hybrid_config_from_args`, with the flags that it overlooks.
+
+        Raises ValueError for --use-rope-scaling where rotary positions are not plain ones.
+        """
+        config: Self = hybrid_config_from_args(args, model_config_cls=cls)
+        if getattr(args, "use_rope_scaling", False):
+            interpolation = args.rotary_seq_len_interpolation_factor
+            others = {
+                f"--position-embedding-type {args.position_embedding_type}": args.position_embedding_type != "rope",
+                "--multi-latent-attention": args.multi_latent_attention,
+                f"--rotary-seq-len-interpolation-factor {interpolation}": interpolation is not None,
+            }
+            if wrong := [flag for flag, given in others.items() if given]:
+                raise ValueError(
+                    f"--use-rope-scaling scales plain rotary positions, and has no meaning with {wrong[0]}."
+                )
+            config.rope_scaling_factor = float(args.rope_scaling_factor)
+        return config
 
 
 class MTPDModelBuilder(HybridModelBuilder):
@@ -340,4 +387,5 @@ class MTPDModelBuilder(HybridModelBuilder):
                 config.make_vocab_size_divisible_by,
                 config.transformer.tensor_model_parallel_size,
             )
-        return MTPDModel(**kwargs, mtpd=config.mtpd, eod_token_id=config.eod_token_id)
+        ours = {name: getattr(config, name) for name in ("mtpd", "eod_token_id", "rope_scaling_factor")}
+        return MTPDModel(**kwargs, **ours)

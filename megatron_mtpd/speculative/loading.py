@@ -26,7 +26,6 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.training.argument_utils import hybrid_config_from_args  # noqa: E402
 
 from megatron_mtpd.checkpoint.gpt import retarget  # noqa: E402
 from megatron_mtpd.checkpoint.iterations import Iteration, resolve  # noqa: E402
@@ -172,8 +171,7 @@ _OFF = (
 
 def build(args: Namespace) -> MTPDModel:
     """The model that the arguments describe, in evaluation mode, with weights still to be loaded."""
-    config: MTPDModelConfig = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
-    return build_from_config(config)
+    return build_from_config(MTPDModelConfig.from_args(args))
 
 
 def build_from_config(config: MTPDModelConfig) -> MTPDModel:

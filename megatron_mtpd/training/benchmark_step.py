@@ -149,7 +149,7 @@ def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_model_config
-    from megatron.training import training
+    from megatron.training import argument_utils, training
     from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
     from megatron_mtpd.data.datasets import train_valid_test_datasets_provider
@@ -169,7 +169,7 @@ def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
     if variant.startswith("mtpd_"):
         model_config = entry.model_config_from_args(args)
     else:
-        model_config = entry.hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
+        model_config = argument_utils.hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
         model_config.hybrid_stack_spec = hybrid_stack_spec(model_config.transformer)
         assert model_config.get_builder_cls() is HybridModelBuilder
     container = entry.pretrain_cfg_container_from_args(args, model_config)

@@ -22,10 +22,7 @@ platform.setup()
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_tensorboard_writer, get_tokenizer, pretrain  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 from megatron_mtpd.checkpoint.metadata import CheckpointError  # noqa: E402
@@ -59,7 +56,7 @@ def model_config_from_args(args: Namespace) -> MTPDModelConfig:
     if args.engine == "deepspeed":
         model_config = _deepspeed_model_config(args, mtpd)
     else:
-        model_config = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
+        model_config = MTPDModelConfig.from_args(args)
     model_config.mtpd = mtpd
     model_config.pre_wrap_hooks.append(partial(freeze, config=mtpd))
     model_config.eod_token_id = get_tokenizer().eod
@@ -71,7 +68,7 @@ def _deepspeed_model_config(args: Namespace, mtpd: MTPDConfig) -> MTPDModelConfi
     platform.prepare_deepspeed()
     from megatron_mtpd.training.deepspeed_engine import DeepSpeedModelConfig, checked  # an extra
 
-    model_config = hybrid_config_from_args(args, model_config_cls=DeepSpeedModelConfig)
+    model_config = DeepSpeedModelConfig.from_args(args)
     model_config.deepspeed = checked(deepspeed)
     args.use_distributed_optimizer = True  # what ZeRO is; checkpoints have that layout
     return model_config

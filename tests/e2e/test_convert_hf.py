@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_mtpd.checkpoint.hf.architectures.architecture import LLAMA3
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
 
@@ -39,12 +41,14 @@ def test_import_train_benchmark_export(tmp_path: Path) -> None:
         max_position_embeddings=64,
         tie_word_embeddings=True,
         initializer_range=0.2,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, **LLAMA3},
     )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "hf")
     said = run("convert_hf.py", "import", "--hf", tmp_path / "hf", "--save", tmp_path / "ours", "--num-heads", 2)
     assert "Qwen3ForCausalLM, 2 heads, float32" in said
 
     lines = (tmp_path / "ours" / "model.args").read_text().splitlines()
+    assert "--use-rope-scaling --rope-scaling-factor 8.0" in lines
     flags = [word for line in lines if not line.startswith("#") for word in line.split()]
     folders = ["--load", str(tmp_path / "ours"), "--save", str(tmp_path / "trained")]
     log = run("pretrain_mtpd.py", *flags, *TRAINING.split(), *folders)

@@ -123,6 +123,18 @@ def test_vllm_gives_our_tokens_and_accepts_our_drafts(
     assert {name: found[name] for name in expected} == expected
 
 
+def test_llama_3s_scaled_rotary_positions(vllm: VLLM, tmp_path: Path) -> None:
+    """Prompts long enough for them to matter."""
+    prompts = [5 * prompt for prompt in toy_prompts(20, HEADS)]
+    for name, factor in (("scaled", 32.0), ("unscaled", 1.0)):
+        toy_checkpoint(tmp_path / name, toy_shape(HEADS, rope_scaling_factor=factor, rope_base=500_000))
+    expected, unscaled = (ours(tmp_path / name, prompts, 32) for name in ("scaled", "unscaled"))
+    assert expected["tokens"] != unscaled["tokens"]
+    export_hf(tmp_path / "scaled", tmp_path / "out", "deepseek-v3")
+    found = vllm(tmp_path / "out", prompts, 32)
+    assert {name: found[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("broken", range(HEADS))
 def test_a_broken_head_shows_at_its_own_position_and_behind(vllm: VLLM, broken: int, tmp_path: Path) -> None:
     """So every head is used where it belongs. The output stays what it was."""

@@ -36,7 +36,7 @@ RULES = {
     "specs": May("config platform", "torch megatron.core"),
     "model": May(
         "config platform losses specs",
-        "torch megatron.core megatron.training.models megatron.training.vocab_utils",
+        "torch megatron.core megatron.training.argument_utils megatron.training.models megatron.training.vocab_utils",
     ),
     "data.datasets": May("config platform", "torch numpy megatron.core megatron.training"),
     "data": May("config provenance", "torch numpy megatron.core.datasets sentencepiece transformers tqdm"),

@@ -131,6 +131,7 @@ def shape_of(args: dict[str, Any], num_heads: int, dtype: str, where: str) -> Sh
         norm_eps=args["layernorm_epsilon"],
         rope_base=args["rotary_base"],
         rope_factor=args.get("rotary_seq_len_interpolation_factor"),
+        rope_scaling_factor=args["rope_scaling_factor"] if args.get("use_rope_scaling") else None,
         max_positions=args["max_position_embeddings"],
         tied=not args["untie_embeddings_and_output_weights"],
         qkv_bias=bool(args.get("add_qkv_bias")),
@@ -156,6 +157,8 @@ def arguments(shape: Shape, dtype: Any, tokenizer: str | None) -> Namespace:
             "layernorm_epsilon": shape.norm_eps,
             "rotary_base": shape.rope_base,
             "rotary_seq_len_interpolation_factor": shape.rope_factor,
+            "use_rope_scaling": shape.rope_scaling_factor is not None,
+            "rope_scaling_factor": shape.rope_scaling_factor or 8.0,
             "seq_length": shape.max_positions,
             "max_position_embeddings": shape.max_positions,
             "untie_embeddings_and_output_weights": not shape.tied,
@@ -181,6 +184,7 @@ def flags(shape: Shape, tokenizer: str | None) -> list[str]:
         # On a GPU Megatron fuses by default, and for this attention it can with YaRN alone.
         "--no-rope-fusion": shape.latent is not None and shape.latent.yarn is None,
         f"--rotary-seq-len-interpolation-factor {shape.rope_factor}": shape.rope_factor is not None,
+        f"--use-rope-scaling --rope-scaling-factor {shape.rope_scaling_factor}": shape.rope_scaling_factor is not None,
         "--bf16": shape.dtype == "bfloat16",
         "--fp16": shape.dtype == "float16",
     }

@@ -148,7 +148,7 @@ def _refuse_deepseek(shape: Shape) -> str | None:
     if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
         return f"its attention heads are hidden size / heads wide, the model's {shape.head_dim}"
     if shape.rope_factor is not None:
-        return "scaled rotary positions are not tested in it"
+        return "linearly scaled rotary positions are not tested in it"
     return _needs_heads(shape)
 
 

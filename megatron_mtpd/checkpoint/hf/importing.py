@@ -56,7 +56,7 @@ def import_hf(
     source: Path,
     save: Path,
     num_heads: int | None = None,
-    init: Init = "last-layer",
+    init: Init | None = None,
     dtype: str | None = None,
     max_positions: int | None = None,
     seed: int = 1234,
@@ -66,7 +66,7 @@ def import_hf(
 
     Args:
         num_heads: heads of the checkpoint; default: those of the folder, which are kept.
-        init: how heads start that the folder does not have.
+        init: how heads start that the folder does not have; default: as copies of the last layer.
         dtype: fp32, bf16 or fp16; default: that of the folder's embedding (of a GGUF file: fp32).
         max_positions: the longest sequence to train and decode; default: the folder's.
         seed: of random heads.
@@ -87,6 +87,9 @@ def import_hf(
                 f"--num-heads {heads}: {source} has {there} heads. Give at most that many, and make more of them with "
                 "tools/loop_extend.py afterwards."
             )
+        if there and init:
+            raise ValueError(f"--init {init}: {source} has {there} trained heads, which are kept. Leave it out.")
+        start = None if there else init or "last-layer"
         shape = replace(shape, num_heads=heads)
         with assembled(save, replace=force) as root:
             copied = root / COMPANIONS
@@ -97,7 +100,7 @@ def import_hf(
             tokenizer = str((save / COMPANIONS).resolve()) if has_tokenizer else None
             directory = directory_of(root, RELEASE)
             directory.mkdir()
-            rounded = _write(folder, directory, architecture, shape, None if there else init, tokenizer, seed)
+            rounded = _write(folder, directory, architecture, shape, start, tokenizer, seed)
             args = root / ARGS_FILE
             args.write_text("\n".join([f"# Flags of the model in {save.name}.", *flags(shape, tokenizer)]) + "\n")
             sync(args)
@@ -108,7 +111,7 @@ def import_hf(
             f"{len(rounded)} tensors, {rounded[0]} first, are wider in the folder than {shape.dtype}, its embedding's "
             "dtype, and were rounded to it; --dtype fp32 keeps every bit."
         )
-    return Import(shape, architecture, "none" if not heads else "the folder's" if there else init, tuple(notes))
+    return Import(shape, architecture, "none" if not heads else start or "the folder's", tuple(notes))
 
 
 @contextmanager

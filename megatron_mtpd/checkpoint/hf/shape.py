@@ -71,6 +71,8 @@ class Shape:
     rope_base: int
     rope_factor: int | None
     """Positions are divided by it (linear scaling); None: they are not."""
+    rope_scaling_factor: float | None
+    """Low frequencies are divided by it (Llama 3's scaling); None: they are not."""
     max_positions: int
     tied: bool
     """Whether the output layer is the embedding."""

@@ -14,7 +14,6 @@ platform.setup()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.training.argument_utils import hybrid_config_from_args  # noqa: E402
 from megatron.training.global_vars import unset_global_variables  # noqa: E402
 
 from megatron_mtpd.model import MTPDModelConfig  # noqa: E402
@@ -78,7 +77,7 @@ def built(cases: list[str]) -> list[tuple[int, int, int]]:
     results = []
     for flags in cases:
         args = entry.parse([*BASE.split(), *flags.split()])
-        config: Any = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
+        config: Any = MTPDModelConfig.from_args(args)
         parallel_state.initialize_model_parallel(
             args.tensor_model_parallel_size,
             args.pipeline_model_parallel_size,

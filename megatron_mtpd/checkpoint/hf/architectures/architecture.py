@@ -14,6 +14,9 @@ from megatron_mtpd.checkpoint.hf import fp8
 from megatron_mtpd.checkpoint.hf.layouts import Layout, Table, prefixed
 from megatron_mtpd.checkpoint.hf.shape import Shape
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Of Llama 3's scaled rotary positions: what Megatron takes for granted, as all published models have it."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -39,7 +42,7 @@ class Architecture:
     """Whether a head may have another width than hidden size / heads."""
     layer_types: bool = False
     """Whether the configuration names the kind of attention of each layer."""
-    rope_types: tuple[str, ...] = ("default", "linear")
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
     extra_config: Callable[[Shape], dict[str, Any]] = lambda shape: {}
     """Entries of config.json beside those that all have, or in their place."""
     extra_shape: Callable[[Any, str], dict[str, Any]] = lambda config, where: {}
@@ -89,6 +92,8 @@ class Architecture:
         rope: dict[str, Any] = {"rope_theta": float(shape.rope_base), "rope_type": "default"}
         if shape.rope_factor is not None:
             rope |= {"rope_type": "linear", "factor": float(shape.rope_factor)}
+        if shape.rope_scaling_factor is not None:
+            rope |= {"rope_type": "llama3", "factor": float(shape.rope_scaling_factor), **LLAMA3}
         return {
             "architectures": [self.class_name],
             "model_type": self.model_type,
@@ -126,7 +131,11 @@ class Architecture:
             "rope_type": (rope.get("rope_type"), rope.get("rope_type", "default") not in self.rope_types),
             "partial_rotary_factor": (rope.get("partial_rotary_factor"), rope.get("partial_rotary_factor", 1.0) != 1.0),
             "rope_theta": (rope.get("rope_theta"), rope.get("rope_theta", 0.5) % 1 != 0),
-            "factor": (rope.get("factor"), rope.get("factor", 1) % 1 != 0),
+            "factor": (rope.get("factor"), rope.get("rope_type") == "linear" and rope["factor"] % 1 != 0),
+            "rope_parameters": (
+                rope,
+                rope.get("rope_type") == "llama3" and any(rope.get(name) != value for name, value in LLAMA3.items()),
+            ),
             "layer_types": (
                 getattr(config, "layer_types", None),
                 set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"},
@@ -154,6 +163,7 @@ class Architecture:
             "norm_eps": config.rms_norm_eps,
             "rope_base": int(rope["rope_theta"]),
             "rope_factor": int(rope["factor"]) if rope.get("rope_type") == "linear" else None,
+            "rope_scaling_factor": float(rope["factor"]) if rope.get("rope_type") == "llama3" else None,
             "max_positions": positions,
             "tied": config.tie_word_embeddings,
             "qkv_bias": self.qkv_bias,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_mtpd.checkpoint.hf.architectures import for_shape
 from megatron_mtpd.checkpoint.hf.arguments import arguments
@@ -39,6 +40,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-scaled": {
         "model_type": "llama",
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    },
+    "llama-3": {  # of 8 frequencies, 5 stay, one lies between, and 2 are divided
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e4,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
     },
     "qwen2": {},
     "qwen3": {"head_dim": 24},
@@ -79,6 +91,7 @@ def toy_shape(num_heads: int = 4, **changes: Any) -> Shape:
         "norm_eps": 1e-5,  # this and the next are not what engines take where nothing is said
         "rope_base": 50000,
         "rope_factor": None,
+        "rope_scaling_factor": None,
         "max_positions": 256,
         "tied": False,
         "qkv_bias": False,
@@ -121,6 +134,8 @@ def toy_weight(key: str, shape: Shape, frequent: int = 24) -> Tensor:
         return weight * 0.1 + torch.eye(*size)
     if shape.tied:  # or every token would predict itself
         return weight * (1.2 if "embedding" in key else 1.0)
+    if shape.rope_scaling_factor and "linear_qkv" in key:  # attention that looks where its positions say
+        return weight * 0.7
     if "embedding" in key:
         return weight * 4.0
     if "output_layer" in key:
@@ -143,6 +158,8 @@ class Cascade:
         rope = self.config.rope_parameters
         exponents = torch.arange(0, self.head_dim, 2) / self.head_dim
         self.frequencies = rope["rope_theta"] ** -exponents / rope.get("factor", 1.0)
+        if rope["rope_type"] == "llama3":
+            self.frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.config)
 
     def logits(self, ids: list[int]) -> list[Tensor]:
         """Of the main model and of every head, [positions, vocabulary]; head k has k positions less."""

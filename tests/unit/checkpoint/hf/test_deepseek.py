@@ -11,7 +11,6 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -46,7 +45,7 @@ def training_model(root: Path) -> MTPDModel:
     _, directory = resolve(root)
     state = dist_checkpointing.load_common_state_dict(str(directory))
     args = loading.decoding_args(state["args"], read_metadata(directory).num_heads, 1)
-    config: MTPDModelConfig = hybrid_config_from_args(args, model_config_cls=MTPDModelConfig)
+    config: MTPDModelConfig = MTPDModelConfig.from_args(args)
     model = MTPDModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     sharded = model.sharded_state_dict(prefix="", metadata=state["content_metadata"])
     stored = read_metadata(directory)

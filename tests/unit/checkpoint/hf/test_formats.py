@@ -20,7 +20,7 @@ LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 4096,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
@@ -80,7 +80,7 @@ def test_mimo_has_swapped_halves_and_zero_biases(checkpoint: Path, tmp_path: Pat
         ("deepseek-v3", {"qkv_bias": True}, "neither biases"),
         ("deepseek-v3", {"qk_norm": True}, "neither biases"),
         ("deepseek-v3", {"head_dim": 48}, "hidden size / heads wide"),
-        ("deepseek-v3", {"rope_factor": 4}, "scaled rotary positions"),
+        ("deepseek-v3", {"rope_factor": 4}, "linearly scaled rotary positions"),
         ("deepseek-v3", {"num_heads": 0}, "has no heads"),
         ("mimo", {}, "it has one head"),
         ("mimo", {"num_heads": 1, "qk_norm": True}, "no norms of query and key"),
@@ -200,7 +200,8 @@ def test_damaged_bytes_are_named(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"model_type": "gpt2"}, "only llama, qwen2, qwen3, mistral"),
-        ({"rope_parameters": LLAMA3}, "rope_type 'llama3'"),
+        ({"rope_parameters": LLAMA3}, "rope_parameters .*'original_max_position_embeddings': 4096"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, r"config\.json: transformers refuses it"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}}, "rope_theta 1234.5"),
         ({"attention_bias": True}, "attention_bias True"),

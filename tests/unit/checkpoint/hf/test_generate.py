@@ -31,8 +31,15 @@ def theirs(model: Any, prompt: list[int], matches: list[int]) -> tuple[list[int]
 
 @pytest.mark.parametrize(
     ("options", "number"),
-    [({}, 50), ({"tied": True}, 8), ({"rope_factor": 4}, 8), ({"qkv_bias": True}, 8), ({"qk_norm": True}, 8)],
-    ids=["llama", "tied", "scaled", "qwen2", "qwen3"],
+    [
+        ({}, 50),
+        ({"tied": True}, 8),
+        ({"rope_factor": 4}, 8),
+        ({"rope_scaling_factor": 32.0}, 8),
+        ({"qkv_bias": True}, 8),
+        ({"qk_norm": True}, 8),
+    ],
+    ids=["llama", "tied", "scaled", "llama-3", "qwen2", "qwen3"],
 )
 def test_transformers_accepts_what_we_accept(
     options: dict[str, Any], number: int, tmp_path: Path, one_process: None, matches: list[int]

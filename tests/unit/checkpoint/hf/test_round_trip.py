@@ -53,7 +53,7 @@ def test_a_model_comes_back_bit_for_bit_and_computes_the_same(
 
 
 @pytest.mark.parametrize("init", ["last-layer", "random"])
-@pytest.mark.parametrize(("name", "tied"), [("llama", True), ("qwen2", False), ("qwen3", False)])
+@pytest.mark.parametrize(("name", "tied"), [("llama", True), ("llama-3", False), ("qwen2", False), ("qwen3", False)])
 def test_heads_compute_what_their_exported_tensors_say(
     name: str, tied: bool, init: str, tmp_path: Path, one_process: None
 ) -> None:
@@ -68,6 +68,27 @@ def test_heads_compute_what_their_exported_tensors_say(
     with torch.no_grad():  # without the heads' code it is an ordinary model
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(ours[0], plain, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_mimos_head_computes_the_same_by_its_own_formula(name: str, tmp_path: Path, one_process: None) -> None:
+    """Xiaomi's modeling_mimo: input_proj [hidden_layernorm(hidden), token_layernorm(embedding)], where SGLang's hidden
+    state is behind the final norm; the main model is Qwen2, whose biases are zero where there were none."""
+    hugging_face(tmp_path / "hf", name, tied=False)
+    import_hf(tmp_path / "hf", tmp_path / "ours", num_heads=1, init="random")
+    export_hf(tmp_path / "ours", tmp_path / "out", "mimo")
+    ids = torch.randint(0, 200, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    ours = our_logits(tmp_path / "ours", ids, 200)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        hidden = theirs.model(torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(ours[0], theirs.lm_head(hidden), **CLOSE)
+        math, head = Cascade(tmp_path / "out"), "model.mtp_layers.0."
+        embedded = math.tensors["model.embed_tokens.weight"][torch.tensor(ids[1:])]
+        both = [math.norm(head + "hidden_layernorm", hidden[:-1]), math.norm(head + "token_layernorm", embedded)]
+        joined = torch.cat(both, -1) @ math.tensors[head + "input_proj.weight"].T
+        logits = theirs.lm_head(math.norm(head + "final_layernorm", math.block(head, joined)))
+    torch.testing.assert_close(ours[1][:-1], logits, **CLOSE)
 
 
 def test_heads_come_back_too(tmp_path: Path) -> None:
