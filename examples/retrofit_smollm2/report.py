@@ -32,7 +32,8 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
     found = {"stages": rows, "gains": gains, "speed": speed["runs"], "transformers": theirs, "generated": generated}
     if (path := out / "vllm" / "compared.json").exists():
         found["vllm"] = json.loads(path.read_text())
-    document = {**found, "options": options, "provenance": provenance()}
+    measured = json.loads((folders["mtpd"] / "answers" / "acceptance.json").read_text())["provenance"]
+    document = {**found, "options": options, "measured": measured, "provenance": provenance()}
     text = markdown(document, rows)
     with written_whole(out / "retrofit_smollm2.json") as file:
         file.write(json.dumps(document, indent=1, default=str).encode())
@@ -43,37 +44,27 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
 
 
 def _row(stage: Any, folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "acceptance" / "acceptance.json").read_text())
-    run = _of_heads(found, stage.heads)
-    forced = found[TEACHER_FORCED]
-    names = ("cumulative_acceptance_rate", "cumulative_acceptance_rate_interval", "acceptance_length", "num_drafts")
     answers = json.loads((folder / "answers" / "acceptance.json").read_text())
-    sampled = folder / "sampled" / "acceptance.json"
     command = ["--tensorboard-dir", str(folder / "tensorboard")]
     return {
         "name": stage.name,
         "title": stage.title,
         "heads": stage.heads,
         "trained": stage.trains,
-        "main_loss": forced["main_loss"],
         "answers": {"num_prompts": answers["num_prompts"], **answers[TEACHER_FORCED]},
-        **{name: run[name] for name in names},
-        "benchmarks": {name: {n: one[n] for n in names} for name, one in run["benchmarks"].items()},
-        "equal": run["outputs_equal_to_plain"],
-        "num_prompts": found["num_prompts"],
-        "sampled": _sampled(json.loads(sampled.read_text()), stage.heads) if sampled.exists() else None,
+        "greedy": _decoded(folder / "acceptance" / "acceptance.json", stage.heads),
+        "sampled": _decoded(folder / "sampled" / "acceptance.json", stage.heads),
         "validation": final_validation(command) if stage.trains else None,
     }
 
 
-def _of_heads(found: dict[str, Any], heads: int) -> dict[str, Any]:
-    return next(run for run in found["runs"] if run["num_heads"] == heads)
-
-
-def _sampled(found: dict[str, Any], heads: int) -> dict[str, Any]:
-    run = _of_heads(found, heads)
-    names = ("cumulative_acceptance_rate", "acceptance_length", "num_drafts")
-    return {"num_prompts": found["num_prompts"], **{name: run[name] for name in names}}
+def _decoded(path: Path, heads: int) -> dict[str, Any] | None:
+    """The run with all heads, or None where there was none."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    run = next(run for run in found["runs"] if run["num_heads"] == heads)
+    return {"num_prompts": found["num_prompts"], "main_loss": found[TEACHER_FORCED]["main_loss"], **run}
 
 
 def gain(plain: Path, distilled: Path, run: Run, heads: int = 4, resamples: int = 10_000) -> list[dict[str, float]]:
@@ -112,16 +103,16 @@ def markdown(document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def _introduction(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    options, source, generated = document["options"], document["provenance"], document["generated"]
+    options, source, generated = document["options"], document["measured"], document["generated"]
     hardware = source["hardware"]
     machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware.get('cores', '?')} cores"
     tokens = options["steps"] * options["batch"] * 256
-    losses = " or ".join(dict.fromkeys(f"{row['main_loss']:.4f}" for row in rows))
+    losses = " or ".join(dict.fromkeys(f"{row['greedy']['main_loss']:.4f}" for row in rows if row["greedy"]))
     return [
         f"# {options['model'] or 'SmolLM2-135M-Instruct'} with four heads",
         "",
-        f"`{_command(options)}`, {source['date']}, commit {(source['commit'] or 'unknown')[:10]}, {machine}, "
-        f"{options['dtype']}. One seed.",
+        f"`{_command(options)}`, measured {source['date']} at commit {(source['commit'] or 'unknown')[:10]}, "
+        f"{machine}, {options['dtype']}. One seed.",
         "",
         f"Each variant's heads saw {tokens:,} tokens: half Python's standard library, half from the "
         f"{generated['tokens']:,} tokens of {generated['documents']} questions and answers that the model wrote. "
@@ -146,8 +137,10 @@ def _command(options: dict[str, Any]) -> str:
 
 
 def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, float]]]) -> list[str]:
-    first = rows[0]
-    answers = first["answers"]
+    answers = rows[0]["answers"]
+    greedy = {row["title"]: row["greedy"] for row in rows if row["greedy"]}
+    sampled = {row["title"]: row["sampled"] for row in rows if row["sampled"]}
+    number = next(iter(greedy.values()))["num_prompts"]
     lines = [
         "## Acceptance",
         "",
@@ -157,36 +150,15 @@ def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, floa
         f"Greedily, had a draft begun at each of the {answers['main_loss_tokens']:,} tokens of the model's answers to "
         f"{answers['num_prompts']} prompts, of which the main head's loss is {answers['main_loss']:.4f} nats a token:",
         "",
-        *_table(rows, [row["answers"] for row in rows]),
+        *_table({row["title"] + ("" if row["trained"] else ", untrained"): row["answers"] for row in rows}),
         "",
-        f"Greedily, by decoding, up to 64 tokens for each of {first['num_prompts']} prompts:",
+        f"Greedily, by decoding, up to 64 tokens for each of {number} prompts:",
         "",
-        *_table(rows, rows),
-    ]
-    lines += ["", "By benchmark, CAR_1 and CAR_4 (%):", "", "| heads | " + " | ".join(first["benchmarks"]) + " |"]
-    lines.append("|---" * (len(first["benchmarks"]) + 1) + "|")
-    for row in rows:
-        cells = []
-        for one in row["benchmarks"].values():
-            rates = one["cumulative_acceptance_rate"]
-            cells.append(f"{_percent(rates, 1)}, {_percent(rates, 4)}")
-        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
-    sampled = [row for row in rows if row["sampled"]]
-    lines += [
+        *_table(greedy),
         "",
-        f"Sampled at temperature 1, drafts too (rejection sampling), on {sampled[0]['sampled']['num_prompts']} of the "
-        "prompts:",
+        "Sampled at temperature 1, drafts too (rejection sampling), on half of these prompts:",
         "",
-        "| heads | " + " | ".join(f"CAR_{k}" for k in range(1, 5)) + " | tokens/step | drafts |",
-        "|---" * 7 + "|",
-    ]
-    for row in sampled:
-        found = row["sampled"]
-        rates = [_percent(found["cumulative_acceptance_rate"], k) for k in range(1, 5)]
-        lines.append(
-            f"| {row['title']} | {' | '.join(rates)} | {found['acceptance_length']:.3f} | {found['num_drafts']} |"
-        )
-    lines += [
+        *_table(sampled),
         "",
         "MTP-D less plain MTP, in points, with the 95 % interval of a bootstrap over the prompts:",
         "",
@@ -202,19 +174,20 @@ def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, floa
     return [*lines, "", "![acceptance](retrofit_smollm2.png)", ""]
 
 
-def _table(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
-    """One line for each stage."""
-    shown = [k for k in SHOWN if k <= max(row["heads"] for row in rows)]
+def _table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each stage, by its title."""
+    most = max(len(one["cumulative_acceptance_rate"]) for one in found.values())
+    shown = [k for k in SHOWN if k <= most]
     lines = [
         "| heads | " + " | ".join(f"CAR_{k}" for k in shown) + " | CAR_4 between | tokens/step | drafts |",
         "|---" * (len(shown) + 4) + "|",
     ]
-    for row, one in zip(rows, found, strict=True):
+    for title, one in found.items():
         rates = [_percent(one["cumulative_acceptance_rate"], k) for k in shown]
         low, high = one["cumulative_acceptance_rate_interval"][3]
         lines.append(
-            f"| {row['title']}{'' if row['trained'] else ', untrained'} | {' | '.join(rates)} | {100 * low:.2f} - "
-            f"{100 * high:.2f} | {one['acceptance_length']:.3f} | {one['num_drafts']} |"
+            f"| {title} | {' | '.join(rates)} | {100 * low:.2f} - {100 * high:.2f} | {one['acceptance_length']:.3f} | "
+            f"{one['num_drafts']} |"
         )
     return lines
 

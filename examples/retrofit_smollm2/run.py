@@ -4,9 +4,9 @@ SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four 
 that it says what it said before, whatever the heads are worth. The heads are trained on Python's standard library and
 on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured on prompts that nothing
 was trained on: at every token of what the model answers greedily, and by decoding, greedily and sampled. MTP-D's are
-exported for transformers and vLLM with the measured acceptance in the model card, and timed against transformers' plain
-decoding. `--further` adds the LK objective, a start from copies of the trunk's last layer, and MTP-D's heads copied to
-8 and 16. RESULTS.md says what came of it.
+exported for transformers and vLLM with the measured acceptance in the model card, timed against transformers' plain
+decoding, and copied to 8 and 16. `--further` adds the LK objective and a start from copies of the trunk's last layer,
+`--new-steps` a training of heads 5 to 8. RESULTS.md says what came of it.
 
 Two cores take half an hour, and as long again with `--further`; what is done is not done again, so that it can be
 stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000 --prompts 150
@@ -84,8 +84,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--steps", type=int, default=120, help="of each variant's training [%(default)s]")
-    add("--further", action="store_true", help="also LK, a start from the last layer, and heads copied to 8 and 16")
-    add("--new-steps", type=int, default=0, help="of training heads 5 to 8, then; 0: copies alone [%(default)s]")
+    add("--further", action="store_true", help="also LK, and a start from the last layer")
+    add("--new-steps", type=int, default=0, help="of training heads 5 to 8; 0: copies alone [%(default)s]")
     add("--dtype", choices=("fp32", "bf16"), help="of all weights [bf16 on a GPU, fp32 on a CPU: few are fast in bf16]")
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
     add("--lr", type=float, default=2e-3, help="[%(default)s]")
@@ -139,23 +139,22 @@ class Retrofit:
         exported = {form: self.export("mtpd", form) for form in ("transformers", "deepseek-v3")}
         self.measure_speed("mtpd", exported["transformers"])
         self.compare_vllm("mtpd", exported["deepseek-v3"])
-        stages = [*COMPARED, *(self.further() if self.options.further else ())]
+        stages = [*COMPARED, *self.further()]
         folders = [(stage, self.folder(stage.name)) for stage in stages]
         print(report.write(folders, self.out, vars(self.options)))
         print(f"\nServed by vLLM:\n{report.vllm_command(exported['deepseek-v3'])}")
 
     def further(self) -> list[Stage]:
-        """What is not needed for the comparison of plain MTP and MTP-D."""
-        self.train(FURTHER, self.options.steps)
-        stages = [*FURTHER, *looped(self.options.new_steps)]
-        for stage in stages[len(FURTHER) :]:
-            if stage.trains:
-                self.train([stage], self.options.new_steps)
-            else:
-                self.extend(stage)
+        """What is not needed for the comparison of plain MTP and MTP-D: measured by the answers alone."""
+        others = FURTHER if self.options.further else ()
+        self.train(others, self.options.steps)
+        stages = [*others, *looped(self.options.new_steps)]
         for stage in stages:
+            if stage.source and stage.trains:
+                self.train([stage], self.options.new_steps)
+            elif stage.source:
+                self.extend(stage)
             self.measure_answers(stage)
-            self.measure(stage)
         return stages
 
     def imported(self, init: str) -> Path:
