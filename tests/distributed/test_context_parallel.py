@@ -17,7 +17,7 @@ from megatron_mtpd.losses.halo import Halo
 from tests.distributed import training
 from tests.distributed.gloo import run
 from tests.distributed.layouts import train
-from tests.distributed.test_equivalence import UNEQUAL_SHARES, alone, check, with_loss
+from tests.distributed.test_equivalence import EXPERTS, UNEQUAL_SHARES, alone, check, check_bf16, with_loss
 from tests.distributed.toy import Layout, Toy
 from tests.distributed.training import SAVED, second_half
 
@@ -64,6 +64,18 @@ def test_four_heads_and_documents(layout, loss):
     """Pieces of 8 positions, and of 4 with four ranks: the last head then sees nothing but what others sent."""
     toy = Toy(heads=4, sequence=32, documents=True, masked=True, per_token=True)
     check(train(layout, with_loss(toy, loss)), alone(toy))
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(cp=2, dp=2, ep=2)], ids=["cp2", "cp2-dp2-ep2"])
+def test_mixture_of_experts(layout):
+    check(train(layout, EXPERTS), alone(EXPERTS))
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(cp=2), Layout(cp=2, tp=2, sequence_parallel=True)], ids=["cp2", "cp2-tp2-sp"]
+)
+def test_bf16(layout):
+    check_bf16(layout)
 
 
 def test_a_run_goes_on_without(tmp_path):
