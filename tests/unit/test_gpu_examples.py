@@ -6,6 +6,7 @@ Transformer Engine and GPUs are only said to be there.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,17 @@ def cases() -> dict[str, tuple[str, int, list[str]]]:
             continue
         gpu = example.stem.split("-")[0].upper()
         found[example.stem] = (gpu, 8, words(MODEL / "model.args", MODEL / "nodes-1.args", example))
-    tensor_parallel = words(MODEL / "model.args", MODEL / "nodes-256.args", ROOT / "examples" / "gpu" / "h100-fp8.args")
-    found["h100-fp8, TP 2"] = ("H100", 2048, tensor_parallel)
+    fp8, experts = ROOT / "examples" / "gpu" / "h100-fp8.args", MODEL.with_name("moe-10b-a1b")
+    found["h100-fp8, TP 2"] = ("H100", 2048, words(MODEL / "model.args", MODEL / "nodes-256.args", fp8))
+    found["h100-fp8, experts"] = ("H100", 256, words(experts / "model.args", experts / "nodes-32.args", fp8))
+    for line in re.findall(r"(?m)^# .*: (--fp8-[^(.\n]*)", fp8.read_text()):  # what its comments offer instead
+        recipe = line.split("--fp8-recipe ")[1].split()[0]
+        kept = fp8.read_text().splitlines()
+        if recipe == "delayed":
+            kept = [one for one in kept if not one.startswith("--first-last-layers-bf16")]
+        model = words(MODEL / "model.args", MODEL / "nodes-1.args")
+        own = [word for one in kept if not one.startswith("#") for word in one.split()]
+        found[f"h100-fp8, {recipe}"] = ("H100", 8, [*model, *own, *line.split()])
     return found
 
 
@@ -118,8 +128,10 @@ def test_megatron_accepts_each(parsed):
         assert values["fp8_param"] == str("--fp8-param-gather" in cases()[name][2]), name
         # Its kernels are a package that the extra [te] does not bring.
         assert "flash" not in values["attention_backend"], name
-        recipe = ("e4m3", "mxfp8") if "mxfp8" in name else ("hybrid", "tensorwise")
-        assert (values["fp8"], values["fp8_recipe"]) == (recipe if "bf16" not in name else ("None", "delayed")), name
+        found, expected = (values["fp8"], values["fp8_recipe"]), ("hybrid", "tensorwise")
+        others = {"bf16": ("None", "delayed"), "mxfp8": ("e4m3", "mxfp8"), "blockwise": ("e4m3", "blockwise")}
+        others |= {"delayed": ("hybrid", "delayed")}
+        assert found == next((other for end, other in others.items() if name.endswith(end)), expected), name
     h100 = parsed["h100-fp8"]
     assert (h100["num_layers"], h100["num_layers_at_start_in_bf16"]) == ("56", "2"), "two of 56 are one block of 28"
 
