@@ -161,7 +161,7 @@ def _damaged(payloads: list[Payload], directory: Path, label: str | None) -> lis
     def check(payload: Payload) -> str | None:
         try:
             with (directory / payload.file).open("rb") as file:
-                what = _bad_record(_Window(file.fileno(), payload))
+                what = _bad_record(Window(file.fileno(), payload))
         except _UNREADABLE as error:
             what = str(error)
         progress(payload.length)
@@ -185,7 +185,7 @@ def _bad_record(data: io.RawIOBase) -> str | None:
     return None
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A payload as a file of its own."""
 
     def __init__(self, descriptor: int, payload: Payload) -> None:

@@ -116,6 +116,7 @@ def _settings(
     """What decides the text of each document."""
     return {
         "checkpoint": str(loaded.directory.resolve()),
+        "iteration": loaded.iteration,
         "tokenizer": tokenizer.sha256(),
         "turn": turn and list(turn),
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),

@@ -30,13 +30,14 @@ def write(options, save=False, stop_after=None):
 def test_ranks_share_the_work(tmp_path):
     """Draws are from fp32 sums over other batches: one would have to fall within the last bits of a probability."""
 
-    def options(output):
+    def options(output, tensor_parallel=1):
         return Options(
             load=tmp_path / "checkpoint",
             output=tmp_path / output,
             questions=12,
             max_new_tokens=12,
             batch_size=4,
+            tensor_parallel=tensor_parallel,
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=chat_tokenizer(tmp_path / "tokenizer"),
         )
@@ -48,6 +49,9 @@ def test_ranks_share_the_work(tmp_path):
         run(write, 2, options("three"), stop_after=2)
     assert not (tmp_path / "three" / "generated.jsonl").exists()
     run(write, 1, options("three"))
-    one, two, three = ((tmp_path / name / "generated.jsonl").read_bytes() for name in ("one", "two", "three"))
-    assert one == two == three
-    assert len(list((tmp_path / "two" / "results").glob("rank*.jsonl"))) == 2
+    run(write, 4, options("four", tensor_parallel=2))
+    found = {(tmp_path / name / "generated.jsonl").read_bytes() for name in ("one", "two", "three", "four")}
+    assert len(found) == 1
+    for name in ("two", "four"):  # the second rank of a tensor-parallel group writes nothing
+        files = (tmp_path / name / "results").glob("rank*.jsonl")
+        assert sum(file.stat().st_size > 0 for file in files) == 2

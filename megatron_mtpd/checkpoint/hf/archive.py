@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_mtpd.checkpoint import pickles
-from megatron_mtpd.checkpoint.integrity import _Window
+from megatron_mtpd.checkpoint.integrity import Window
 from megatron_mtpd.checkpoint.metadata import Payload
 
 _PREFIX = b"archive/"
@@ -86,7 +86,7 @@ def place_of(path: Path, payload: Payload, nbytes: int) -> int | None:
     Raises what zipfile raises for a damaged archive, zipfile.BadZipFile where its records and its directory differ, or
     pickle.UnpicklingError.
     """
-    with path.open("rb") as file, zipfile.ZipFile(_Window(file.fileno(), payload)) as archive:  # type: ignore[arg-type]
+    with path.open("rb") as file, zipfile.ZipFile(Window(file.fileno(), payload)) as archive:  # type: ignore[arg-type]
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         record = records.get("data/0")
         if (

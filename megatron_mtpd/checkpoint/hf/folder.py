@@ -35,7 +35,15 @@ SINGLE = "model.safetensors"
 SHARD_SIZE = 4 << 30
 COMPARED = 1 << 20
 _COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "spiece.model",
+        "tekken.json",
+    ),
     *("generation_config.json", "chat_template*", "LICENSE*", "NOTICE*"),
 )
 """What travels with a model beside its weights and config.json."""

@@ -126,14 +126,14 @@ def test_bf16_stays_bf16_and_can_be_asked_for(tmp_path: Path) -> None:
 def test_sharded_folders_and_files_beside_the_weights_come_along(tmp_path: Path) -> None:
     hugging_face(tmp_path / "hf", "llama", tied=False, max_shard_size="100KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "tekken.json", "LICENSE"):
         (tmp_path / "hf" / name).write_text("{}")
     import_hf(tmp_path / "hf", tmp_path / "ours", num_heads=1)
     export_hf(tmp_path / "ours", tmp_path / "out", shard_size=100_000)
     out = tmp_path / "out"
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "tekken.json", "LICENSE", "generation_config.json"):
         assert (out / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(model.model.norm.weight, weights(tmp_path / "hf")["model.norm.weight"])
