@@ -62,6 +62,19 @@ def test_what_is_no_plain_tensor_is_left_to_torch(tmp_path: Path) -> None:
     assert place_of(path, Payload("file", 0, path.stat().st_size), 96) is None
 
 
+def test_records_as_those_of_4_gib_and_more_are(tmp_path: Path) -> None:
+    """Zip64: their sizes stand behind the name."""
+    rows, plain, path = torch.randn(6, 4), io.BytesIO(), tmp_path / "file"
+    torch.save(rows, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as target:
+        for info in source.infolist():
+            with target.open(zipfile.ZipInfo(info.filename), "w", force_zip64=True) as record:
+                record.write(source.read(info))
+    place = place_of(path, Payload("file", 0, path.stat().st_size), rows.nbytes)
+    assert place is not None
+    assert path.read_bytes()[place : place + rows.nbytes] == rows.numpy().tobytes()
+
+
 def contents(directory: Path, tensors: dict[str, Tensor], cuts: dict[str, list[list[int]]], transposed: bool) -> Any:
     """A checkpoint of tensors that are cut at these places in each dimension, as a parallel run would write them."""
     described, raw = {}, {}
