@@ -19,15 +19,15 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
 
 def test_conversions_stand_beside_copies(tmp_path: Path) -> None:
     path = tmp_path / "convert.json"
-    done = benchmark("--size", "0.25", "--repeats", "1", "--directory", str(tmp_path), "--json", str(path))
+    done = benchmark("--size", "0.6", "--repeats", "1", "--directory", str(tmp_path), "--json", str(path))
     assert done.returncode == 0, done.stderr
     rows = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == ["copy", "import", "copy back", "export"] and all(what in done.stdout for what in rows)
     # Layers are whole, and each about 90 MB.
-    assert all(0.12e9 < row["bytes"] < 0.26e9 and row["seconds_min"] > 0 for row in rows.values())
+    assert all(0.45e9 < row["bytes"] < 0.61e9 and row["seconds_min"] > 0 for row in rows.values())
     assert rows["copy"]["of_copy"] == rows["copy back"]["of_copy"] == 1.0
-    # Two blocks, and what a first conversion loads: nothing near the 60 MB of the embedding in several copies.
-    assert max(rows[what]["peak_bytes"] for what in ("import", "export")) < rows["copy"]["peak_bytes"] + 150e6
+    # Two blocks of 32 MB, and what a first conversion loads; the embedding has 150.
+    assert max(rows[what]["peak_bytes"] for what in ("import", "export")) < rows["copy"]["peak_bytes"] + 110e6
     assert [file.name for file in tmp_path.iterdir()] == ["convert.json"]
 
 

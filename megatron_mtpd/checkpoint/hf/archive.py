@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_mtpd.checkpoint import pickles
+from megatron_mtpd.checkpoint.hf.stored import write_exactly
 from megatron_mtpd.checkpoint.integrity import Window
 from megatron_mtpd.checkpoint.metadata import Payload
 
@@ -33,7 +34,7 @@ _KIND = 20, 0, zipfile.ZIP_STORED, 0, 0x21  # version, flags, method, time, and 
 
 def checksum(rows: Tensor) -> int:
     """Of the bytes of a contiguous tensor on the CPU, CRC-32."""
-    return zlib.crc32(_bytes(rows))
+    return zlib.crc32(memoryview(rows.view(-1).view(torch.uint8).numpy()))
 
 
 def write_archive(file: IO[bytes], rows: Tensor, size: tuple[int, ...], crc: int) -> None:
@@ -41,24 +42,23 @@ def write_archive(file: IO[bytes], rows: Tensor, size: tuple[int, ...], crc: int
 
     A zip archive of stored records, each with a header, and a directory of them at the end (PKWARE's APPNOTE, 4.3).
     """
-    described = memoryview(_described(rows.dtype, size))
-    small = {"data.pkl": described, "byteorder": memoryview(b"little"), "version": memoryview(b"3\n")}
-    records = [(name, data, zlib.crc32(data)) for name, data in small.items()]
+    described = _described(rows.dtype, size)
+    small = {"data.pkl": described, "byteorder": b"little", "version": b"3\n"}
+    records = [(name, data, len(data), zlib.crc32(data)) for name, data in small.items()]
     directory, offset = b"", 0
-    for short, data, found in [*records, ("data/0", _bytes(rows), crc)]:
+    for short, data, length, found in [*records, ("data/0", None, rows.nbytes, crc)]:
         name = f"archive/{short}".encode()
-        sizes = found, len(data), len(data), len(name)
+        sizes = found, length, length, len(name)
         header = _HEADER.pack(_HEADER_SIGNATURE, *_KIND, *sizes, 0) + name
         directory += _ENTRY.pack(b"PK\1\2", _KIND[0], *_KIND, *sizes, 0, 0, 0, 0, 0, offset) + name
         file.write(header)
-        file.write(data)
-        offset += len(header) + len(data)
+        if data is None:
+            write_exactly(file, rows)
+        else:
+            file.write(data)
+        offset += len(header) + length
     number = len(records) + 1
     file.write(directory + _END.pack(b"PK\5\6", 0, 0, number, number, len(directory), offset, 0))
-
-
-def _bytes(rows: Tensor) -> memoryview:
-    return memoryview(rows.view(-1).view(torch.uint8).numpy())
 
 
 @lru_cache(maxsize=256)

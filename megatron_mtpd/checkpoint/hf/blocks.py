@@ -18,6 +18,8 @@ from megatron_mtpd.checkpoint.hf.shape import Shape
 
 BLOCK = 32 << 20
 """Bytes of a block, and of the pieces that an imported tensor consists of."""
+EXPORTED = 4 << 20
+"""Bytes of a block of an export, which leaves no pieces: it stays in the cache from its reading to its writing."""
 
 
 class Source(Protocol):
@@ -106,7 +108,7 @@ def of_ours(
     theirs = dict(zip(layout.names, layout.shapes(size, shape), strict=True))[name]
     runs = sorted((run for run in layout.runs(size, shape) if run.name == name), key=lambda run: run.theirs)
     width = flat(theirs)[2]
-    for first, last in ranges(theirs, dtype.itemsize):
+    for first, last in ranges(theirs, dtype.itemsize, min(BLOCK, EXPORTED)):
         out = buffer.rows(last - first, width, dtype)
         if not runs:
             out.zero_()

@@ -20,6 +20,9 @@ from megatron_mtpd.checkpoint.metadata import ITEM_SIZES
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FP8 = "float8_e4m3fn"
 _NAMES: dict[str, str] = {name: dtype for dtype, name in DTYPES.items()} | {"F8_E4M3": FP8}
+PIECE = 256 << 10
+"""Bytes of a write. For more at once the kernel takes pages of up to 2 MB, which a virtual machine often has to be
+given by its host first: ten times slower then."""
 READ = frozenset(_NAMES.values())
 """The dtypes, as named in torch, that can be read."""
 
@@ -73,12 +76,12 @@ def read_exactly(descriptor: int, offset: int, out: Any) -> bool:
 
 
 def write_exactly(file: Any, tensor: Any) -> None:
-    """All bytes of a tensor to an unbuffered file."""
+    """All bytes of a tensor on the CPU to a file, in pieces that go past a buffer of it."""
     import torch
 
     room = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     while room:
-        room = room[file.write(room) :]
+        room = room[file.write(room[:PIECE]) :]
 
 
 def ahead[T](items: Iterator[T]) -> Iterator[T]:
