@@ -40,6 +40,11 @@ class Memory:
     """On a CPU: `CPU_PROCESS`."""
 
     @property
+    def allocated(self) -> float:
+        """By torch, for tensors: what torch.cuda.max_memory_allocated says on a GPU."""
+        return self.peak - self.process
+
+    @property
     def peak(self) -> float:
         return sum(getattr(self, field.name) for field in fields(self))
 

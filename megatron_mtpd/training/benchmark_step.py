@@ -131,7 +131,7 @@ _ANSWER = "benchmark_step "
 
 def _serve(variant: str, flags: Sequence[str]) -> None:
     """In the worker: build everything as training does, then run steps when asked."""
-    step, libraries = _prepare(variant, list(flags))
+    step, libraries = prepare(variant, list(flags))
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -141,7 +141,7 @@ def _serve(variant: str, flags: Sequence[str]) -> None:
         print(_ANSWER + json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes() - libraries}), flush=True)
 
 
-def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
+def prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
     """A function that runs one step, and the bytes that were taken before the model was built."""
     import torch
     from megatron.core.distributed import finalize_model_grads
@@ -159,7 +159,7 @@ def _prepare(variant: str, flags: list[str]) -> tuple[Callable[[], None], int]:
 
     libraries = _peak_bytes()
     if variant == "no_mtp":
-        flags = _without_heads(flags)
+        flags = without_heads(flags)
     if variant == FROZEN:
         flags += ["--mtpd-train", "new-heads", "--mtpd-old-heads", str(_num_heads(flags) // 2)]
     elif variant.startswith("mtpd_"):
@@ -212,7 +212,7 @@ def _forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Any, Callab
     return output, partial(loss_func, mask)
 
 
-def _without_heads(flags: list[str]) -> list[str]:
+def without_heads(flags: list[str]) -> list[str]:
     """The same main model, no heads."""
     for name in ("--mtp-num-layers", "--hybrid-layer-pattern"):
         if name in flags:

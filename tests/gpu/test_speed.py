@@ -19,7 +19,7 @@ from megatron_mtpd.planning.flags import run_from_flags  # noqa: E402
 from megatron_mtpd.planning.gpus import GPUS  # noqa: E402
 from megatron_mtpd.planning.plan import plan  # noqa: E402
 from megatron_mtpd.planning.shape import Run  # noqa: E402
-from megatron_mtpd.training.benchmark_step import _without_heads  # noqa: E402
+from megatron_mtpd.training.benchmark_step import without_heads  # noqa: E402
 from tests.gpu.commands import SHORT_2B, SHORT_2B_1024, wide  # noqa: E402
 from tests.gpu.machine import DRY_RUN, ON_GPU, tool  # noqa: E402
 
@@ -97,12 +97,12 @@ def test_step_beside_plain_mtp(tmp_path, report, precision):
         assert max(ratios.values()) <= BAR, ratios
 
 
-def test_step_without_heads(tmp_path, report):
+def test_stepwithout_heads(tmp_path, report):
     """The main model alone, and its plan."""
     flags = wide(SHORT_2B)
     row = measure(tmp_path, flags, ["no_mtp"])["no_mtp"]
     show("bf16 no_mtp", run_from_flags(flags, 1, on_cpu=DRY_RUN), row, report)
-    check_plan("bf16 no_mtp", _without_heads(flags), row, report)
+    check_plan("bf16 no_mtp", without_heads(flags), row, report)
 
 
 def test_fused_beside_eager(tmp_path, report):
