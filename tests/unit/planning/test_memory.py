@@ -37,17 +37,30 @@ LATENT = (
     "--qk-pos-emb-head-dim 32 --v-head-dim 48 --qk-layernorm --no-rope-fusion"
 )
 EXPERTS = "--num-experts 8 --moe-ffn-hidden-size 352 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+APART = "--mtpd-ce-output-share 1 --mtpd-kd-output-share 0.5"
 CASES = {
-    "fused-bf16-sharded": ("mtpd_fused", f"{GROUPED} --bf16 --use-distributed-optimizer", 1, 1),
-    "eager-fp32": ("mtpd_eager", GROUPED, 1, 1),
     "no-heads-fp32": ("no_mtp", GROUPED, 1, 1),
-    "fused-bf16-tp2-pp2": ("mtpd_fused", f"{GROUPED} --bf16", 2, 2),
+    "eager-fp32": ("mtpd_eager", GROUPED, 1, 1),
+    "fused-fp32-tp2": ("mtpd_fused", GROUPED, 2, 1),
+    "fused-fp32-pp2": ("mtpd_fused", GROUPED, 1, 2),
+    "fused-fp32-cp2": ("mtpd_fused", f"{GROUPED} --context-parallel-size 2", 1, 1),
+    "fused-fp32-dp2-sharded": ("mtpd_fused", f"{GROUPED} --global-batch-size 4 --use-distributed-optimizer", 1, 1),
+    "four-heads-fp32": ("mtpd_fused", GROUPED.replace("layers 2 --group", "layers 4 --group"), 1, 1),
     "new-heads-fp32": ("mtpd_fused", f"{GROUPED} --mtpd-train new-heads --mtpd-old-heads 1", 1, 1),
+    "recomputed-fp32": ("mtpd_fused", f"{GROUPED} {RECOMPUTED}", 1, 1),
+    "two-passes-fp32": ("mtpd_fused", f"{GROUPED} --mtpd-kd-trunk-share 0.5", 1, 1),
+    "output-shares-fp32": ("mtpd_fused", f"{GROUPED} {APART}", 1, 1),
+    "latent-fp32": ("mtpd_fused", LATENT, 1, 1),
     "experts-fp32": ("mtpd_fused", f"{GROUPED} {EXPERTS}", 1, 1),
     "experts-bf16": ("mtpd_fused", f"{GROUPED} {EXPERTS} --bf16", 1, 1),
-    "latent-fp32": ("mtpd_fused", LATENT, 1, 1),
-    "fused-fp32-tp2": ("mtpd_fused", GROUPED, 2, 1),
+    "no-heads-bf16-sharded": ("no_mtp", f"{GROUPED} --bf16 --use-distributed-optimizer", 1, 1),
+    "eager-bf16": ("mtpd_eager", f"{GROUPED} --bf16", 1, 1),
+    "fused-bf16-sharded": ("mtpd_fused", f"{GROUPED} --bf16 --use-distributed-optimizer", 1, 1),
+    "output-shares-bf16": ("mtpd_fused", f"{GROUPED} --bf16 {APART}", 1, 1),
+    "fused-bf16-tp2-pp2": ("mtpd_fused", f"{GROUPED} --bf16", 2, 2),
 }
+"""By name: variant, flags, and tensor- and pipeline-parallel size."""
 QUICK = {"new-heads-fp32", "experts-fp32", "latent-fp32", "fused-fp32-tp2", "no-heads-fp32"}
 """Below 20 seconds. In bf16 a CPU without instructions for it needs minutes."""
 RESIDENT = ("experts-fp32", "fused-fp32-tp2")
@@ -87,8 +100,9 @@ def planned(name: str) -> tuple[list[memory.Memory], list[str]]:
     every = [*FLAGS.split(), *flags.split(), "--tensor-model-parallel-size", str(tp)]
     every += ["--pipeline-model-parallel-size", str(pp)]
     own = without_heads(every) if variant == "no_mtp" else [*every, "--mtpd-loss", variant.removeprefix("mtpd_")]
-    run = run_from_flags(own, tp * pp, on_cpu=True)
-    return [memory.of_rank(run, rank // tp) for rank in range(tp * pp)], every
+    ranks = tp * pp * (2 if "cp2" in name or "dp2" in name else 1)
+    run = run_from_flags(own, ranks, on_cpu=True)
+    return [memory.of_rank(run, rank * pp // ranks) for rank in range(ranks)], every
 
 
 @pytest.mark.parametrize(
