@@ -8,9 +8,9 @@ exported for transformers and vLLM with the measured acceptance in the model car
 decoding, and copied to 8 and 16. `--further` adds the LK objective and a start from copies of the trunk's last layer,
 `--new-steps` a training of heads 5 to 8. RESULTS.md says what came of it.
 
-Two cores take half an hour, and as long again with `--further`; what is done is not done again, so that it can be
-stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000 --prompts 150
---new-steps 1000.
+The run of RESULTS.md took two hours on two cores beside other work; the defaults are smaller. What is done is not done
+again, so that it can be stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000
+--prompts 150 --new-steps 1000.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     add("--new-steps", type=int, default=0, help="of training heads 5 to 8; 0: copies alone [%(default)s]")
     add("--dtype", choices=("fp32", "bf16"), help="of all weights [bf16 on a GPU, fp32 on a CPU: few are fast in bf16]")
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
-    add("--lr", type=float, default=2e-3, help="[%(default)s]")
+    add("--lr", type=float, default=1e-3, help="[%(default)s]")
     add("--questions", type=int, default=160, help="that the model asks itself, and answers [%(default)s]")
     add("--answers", type=int, default=100, help="to prompts of each benchmark, measured at every token [%(default)s]")
     add("--prompts", type=int, default=48, help="of each of the two benchmarks, decoded with heads [%(default)s]")
