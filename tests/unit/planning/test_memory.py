@@ -54,10 +54,7 @@ CASES = {
     "latent-fp32": ("mtpd_fused", LATENT, 1, 1),
     "experts-fp32": ("mtpd_fused", f"{GROUPED} {EXPERTS}", 1, 1),
     "experts-bf16": ("mtpd_fused", f"{GROUPED} {EXPERTS} --bf16", 1, 1),
-    "no-heads-bf16-sharded": ("no_mtp", f"{GROUPED} --bf16 --use-distributed-optimizer", 1, 1),
-    "eager-bf16": ("mtpd_eager", f"{GROUPED} --bf16", 1, 1),
     "fused-bf16-sharded": ("mtpd_fused", f"{GROUPED} --bf16 --use-distributed-optimizer", 1, 1),
-    "output-shares-bf16": ("mtpd_fused", f"{GROUPED} --bf16 {APART}", 1, 1),
     "fused-bf16-tp2-pp2": ("mtpd_fused", f"{GROUPED} --bf16", 2, 2),
 }
 """By name: variant, flags, and tensor- and pipeline-parallel size."""
