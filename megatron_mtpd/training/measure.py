@@ -49,7 +49,7 @@ class Allocations:
 
     def __exit__(self, *exception: Any) -> None:
         self._profiler.__exit__(*exception)
-        recorded = self._profiler.kineto_results
+        recorded: Any = self._profiler.kineto_results  # Any: nbytes is not in torch's stub of an event
         if recorded is not None:
             changes = (event.nbytes() for event in recorded.events() if event.name() == "[memory]")
             self.peak = max(accumulate(changes, initial=0))
