@@ -36,7 +36,8 @@ class Window:
             never visible.
         visible: number of positions, from the first, that any query of the pass may see; None: every row starts at
             position 0, so that the pass's own keys are all that there is.
-        mask: bool [b, 1, s, visible], True where a key is not to be seen; None with `visible` None.
+        mask: bool [b, 1, s, visible], True where a key is not to be seen; None with `visible` None, and where
+            one position alone sees all of it.
     """
 
     slots: slice
@@ -91,9 +92,17 @@ class CachedAttention(SDPAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As SDPAttention; with a cache, `attention_mask` is the one of its window."""
-        if self.cache is not None:
-            key, value = self.cache.extend(key, value)
-        return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        if self.cache is None:
+            return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        key, value = self.cache.extend(key, value)
+        shared = query.size(2) // key.size(2)
+        if shared == 1 or attention_mask is None:
+            return super().forward(query, key, value, attention_mask)
+        # A group's heads as more positions of one head: a copy of the few queries, not of the cache for each head.
+        s, b, groups, d = query.size(0), *key.shape[1:]
+        query = query.unflatten(2, (groups, shared)).permute(3, 0, 1, 2, 4).flatten(0, 1)
+        out = super().forward(query, key, value, attention_mask.repeat(1, 1, shared, 1))
+        return out.view(shared, s, b, groups, d).permute(1, 2, 3, 0, 4).flatten(2)
 
 
 def cached_spec(config: TransformerConfig) -> ModuleSpec:

@@ -43,12 +43,13 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, vocab_max, vocab_offset
 from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative import layers
 from megatron_mtpd.speculative.attention import CachedAttention, Window
+from megatron_mtpd.speculative.packed import PackedWeight
 from megatron_mtpd.speculative.sampling import Sampling, draw, verify
 from megatron_mtpd.speculative.state import State
 
@@ -112,6 +113,7 @@ class Decoder:
             raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
         self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
         self._rotary = self._rotary_table(capacity + 1)
+        self._output = PackedWeight()
         self.draft_seconds = 0.0
         """Of all steps so far, the time that went into drafting."""
 
@@ -165,7 +167,7 @@ class Decoder:
         """[s, b, h] -> fp32 [s, b, V / tp], padding of the vocabulary at -inf."""
         shared = self.model.share_embeddings_and_output_weights
         weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
-        logits = self.model._scale_logits(linear(hidden, weight)).float()
+        logits = self.model._scale_logits(self._output.linear(hidden, weight)).float()
         padding = self.vocab_size - vocab_offset(logits, self.tp_group)
         if padding < logits.shape[-1]:
             logits[..., max(padding, 0) :] = float("-inf")
@@ -194,18 +196,27 @@ class Decoder:
     # Prompts ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def hidden_states(self, texts: list[list[int]], first_slot: int = 0) -> Tensor:
+        """The main model's after its final norm, [s, b, h], of texts that are put into the slots from `first_slot` on.
+
+        Behind the end of a shorter text it has no meaning.
+        """
+        state, slots = self.state, slice(first_slot, first_slot + len(texts))
+        lengths = torch.tensor([len(text) for text in texts])
+        for slot, text in enumerate(texts, first_slot):
+            state.tokens[slot, : len(text)] = torch.tensor(text, device=self.device)
+        state.valid[:, slots] = 0
+        return self._run(0, state.window(slots, torch.zeros_like(lengths), lengths))
+
+    @torch.inference_mode()
     def prefill(self, first_slot: int, prompts: list[list[int]], uniform: Tensor | None = None) -> list[int]:
         """Put prompts into the slots from `first_slot` on, and commit one token behind each. Returns these.
 
         `uniform`: fp64 [b] on the CPU, for sampling. Every prompt has at least one token.
         """
-        state = self.state
-        slots = slice(first_slot, first_slot + len(prompts))
+        state, slots = self.state, slice(first_slot, first_slot + len(prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        for slot, prompt in enumerate(prompts, first_slot):
-            state.tokens[slot, : len(prompt)] = torch.tensor(prompt, device=self.device)
-        state.valid[:, slots] = 0
-        hidden = self._run(0, state.window(slots, torch.zeros_like(lengths), lengths))
+        hidden = self.hidden_states(prompts, first_slot)
         rows = torch.arange(len(prompts), device=self.device)
         logits = self._logits(hidden[lengths.to(self.device) - 1, rows].unsqueeze(0))[0]
         if self.sampling.greedy:

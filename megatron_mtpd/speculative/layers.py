@@ -24,7 +24,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.nn.functional import linear
+
+from megatron_mtpd.speculative.packed import PackedWeight
 
 
 def refuse(config: TransformerConfig) -> None:
@@ -103,17 +104,25 @@ def head(layer: Any, hidden: Tensor, embedded: Tensor, mask: Tensor | None, rota
 class ColumnLinear(ColumnParallelLinear):
     """ColumnParallelLinear without gradients; its output stays sharded."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packed = PackedWeight()
+
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.skip_bias_add:
-            return linear(input_, self.weight), self.bias
-        return linear(input_, self.weight, self.bias), None
+            return self.packed.linear(input_, self.weight), self.bias
+        return self.packed.linear(input_, self.weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):
     """RowParallelLinear without gradients; its input is sharded."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packed = PackedWeight()
+
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        output = linear(input_, self.weight)
+        output = self.packed.linear(input_, self.weight)
         if self.tp_group is not None and self.tp_group.size() > 1:
             dist.all_reduce(output, group=self.tp_group)
         if self.skip_bias_add or self.bias is None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,25 @@ def load(path: Path, ckpt_step: int | None = None, dtype: str | None = None) -> 
     sharded = model.sharded_state_dict(prefix="", metadata=state.get("content_metadata"))
     if not getattr(state["args"], "hybrid_layer_pattern", None):
         retarget(sharded, args.hybrid_layer_pattern, Namespace(mtp_num_layers=num_heads))
-    loaded = dist_checkpointing.load({"model": sharded}, str(directory), strict=StrictHandling.LOG_UNEXPECTED)
+    with _one_thread():
+        loaded = dist_checkpointing.load({"model": sharded}, str(directory), strict=StrictHandling.LOG_UNEXPECTED)
     model.load_state_dict(loaded["model"], strict=False)  # extra states of other modules are nobody's
     return Loaded(model, args, directory, iteration if iteration is not None else state.get("iteration"))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within the block torch computes on one thread, and so do from then on the threads that gloo begins in it.
+
+    gloo copies in threads of its own. Where one of them has OpenMP threads beside those of the main thread, there are
+    more than cores, and libgomp then lets none of them wait actively: a third of the speed of decoding on a CPU.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def decoding_args(saved: Namespace, num_heads: int, tensor_parallel: int, dtype: str | None = None) -> Namespace:

@@ -47,6 +47,8 @@ class State:
         if not bool(start.any()):
             return Window(slots, rows, positions, None, None)
         visible = int(stop.max())
+        if positions.numel() == 1:  # the last position of one sequence sees everything
+            return Window(slots, rows, positions, visible, None)
         mask = self._positions[:visible] > positions.unsqueeze(-1)
         return Window(slots, rows, positions, visible, mask.unsqueeze(1))
 

@@ -66,8 +66,9 @@ for ranks, capability, flags in json.load(sys.stdin):
 """
 
 
-def words(*files: Path) -> list[str]:
-    lines = [line for file in files for line in file.read_text().splitlines() if not line.startswith("#")]
+def words(*files: Path, without: str = "# ") -> list[str]:
+    """Of the lines that are no comments and do not begin with `without`."""
+    lines = [line for file in files for line in file.read_text().splitlines() if not line.startswith(("#", without))]
     return [word.strip("'") for line in lines for word in line.split()]
 
 
@@ -85,11 +86,8 @@ def cases() -> dict[str, tuple[str, int, list[str]]]:
     found["h100-fp8, experts"] = ("H100", 256, words(experts / "model.args", experts / "nodes-32.args", fp8))
     for line in re.findall(r"(?m)^# .*: (--fp8-[^(.\n]*)", fp8.read_text()):  # what its comments offer instead
         recipe = line.split("--fp8-recipe ")[1].split()[0]
-        kept = fp8.read_text().splitlines()
-        if recipe == "delayed":
-            kept = [one for one in kept if not one.startswith("--first-last-layers-bf16")]
+        own = words(fp8, without="--first-last-layers-bf16") if recipe == "delayed" else words(fp8)
         model = words(MODEL / "model.args", MODEL / "nodes-1.args")
-        own = [word for one in kept if not one.startswith("#") for word in one.split()]
         found[f"h100-fp8, {recipe}"] = ("H100", 8, [*model, *own, *line.split()])
     return found
 
