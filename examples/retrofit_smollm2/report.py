@@ -114,6 +114,8 @@ def _introduction(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[
         f"`{_command(options)}`, measured {source['date']} at commit {(source['commit'] or 'unknown')[:10]}, "
         f"{machine}, {options['dtype']}. One seed.",
         "",
+        "Heads start fitted in closed form (`tools/fit_heads.py`), to text that training sees too.",
+        "",
         f"Each variant's heads saw {tokens:,} tokens: half Python's standard library, half from the "
         f"{generated['tokens']:,} tokens of {generated['documents']} questions and answers that the model wrote. "
         "Measured on functions of HumanEval and questions of MMLU and GSM8K in the chat template, half and half, none "

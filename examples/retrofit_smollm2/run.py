@@ -1,12 +1,13 @@
 """Retrofit: a real model that has no multi-token prediction heads gets four, and serves with them.
 
-SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four random heads. Its trunk stays frozen, so
-that it says what it said before, whatever the heads are worth. The heads are trained on Python's standard library and
-on questions and answers that the model writes itself, as plain MTP and as MTP-D, and measured on prompts that nothing
-was trained on: at every token of what the model answers greedily, and by decoding, greedily and sampled. MTP-D's are
-exported for transformers and vLLM with the measured acceptance in the model card, timed against transformers' plain
-decoding, and copied to 8 and 16. `--further` adds the LK objective and a start from copies of the trunk's last layer,
-`--new-steps` a training of heads 5 to 8. RESULTS.md says what came of it.
+SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four heads. Its trunk stays frozen, so that
+it says what it said before, whatever the heads are worth. The heads are fitted, in closed form, to Python's standard
+library and to questions and answers that the model writes itself, and trained on both as plain MTP and as MTP-D, and
+measured on prompts that nothing was trained on: at every token of what the model answers greedily, and by decoding,
+greedily and sampled. MTP-D's are exported for transformers and vLLM with the measured acceptance in the model card,
+timed against transformers' plain decoding, and copied to 8 and 16. `--further` adds the LK objective, and MTP-D from
+random heads and from copies of the trunk's last layer, `--new-steps` a training of heads 5 to 8. RESULTS.md says what
+came of it.
 
 The run of RESULTS.md took two hours on two cores beside other work; the defaults are smaller. What is done is not done
 again, so that it can be stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000
@@ -50,16 +51,18 @@ class Stage:
 
     name: str
     title: str
-    init: str = "random"
+    init: str = "fitted"
     flags: tuple[str, ...] = ()
     heads: int = HEADS
     source: str | None = None
     trains: bool = True
 
 
+FITTED = Stage("fitted", "fitted", trains=False)
 COMPARED = (Stage("mtp", "plain MTP", flags=tuple(PLAIN_MTP)), Stage("mtpd", "MTP-D"))
 FURTHER = (
     Stage("lk", "LK", flags=("--mtpd-objective", "lk")),
+    Stage("mtpd-random", "MTP-D from random heads", init="random"),
     Stage("mtpd-last-layer", "MTP-D from the last layer", init="last-layer"),
 )
 
@@ -83,15 +86,15 @@ def main() -> None:
         epilog="example: python examples/retrofit_smollm2/run.py --steps 100 --questions 100",
     )
     add = parser.add_argument
-    add("--steps", type=int, default=120, help="of each variant's training [%(default)s]")
-    add("--further", action="store_true", help="also LK, and a start from the last layer")
+    add("--steps", type=int, default=100, help="of each variant's training [%(default)s]")
+    add("--further", action="store_true", help="also LK, and MTP-D from other starts")
     add("--new-steps", type=int, default=0, help="of training heads 5 to 8; 0: copies alone [%(default)s]")
     add("--dtype", choices=("fp32", "bf16"), help="of all weights [bf16 on a GPU, fp32 on a CPU: few are fast in bf16]")
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
-    add("--lr", type=float, default=1e-3, help="[%(default)s]")
-    add("--questions", type=int, default=160, help="that the model asks itself, and answers [%(default)s]")
-    add("--answers", type=int, default=100, help="to prompts of each benchmark, measured at every token [%(default)s]")
-    add("--prompts", type=int, default=48, help="of each of the two benchmarks, decoded with heads [%(default)s]")
+    add("--lr", type=float, default=3e-4, help="[%(default)s]")
+    add("--questions", type=int, default=200, help="that the model asks itself, and answers [%(default)s]")
+    add("--answers", type=int, default=60, help="to prompts of each benchmark, measured at every token [%(default)s]")
+    add("--prompts", type=int, default=16, help="of each of the two benchmarks, decoded with heads [%(default)s]")
     add("--at-once", type=int, default=min(2, CORES), help="trainings at a time [%(default)s]")
     add("--seed", type=int, default=1234, help="[%(default)s]")
     add("--output", type=Path, default=ROOT / "runs" / "retrofit_smollm2", metavar="DIR", help="[%(default)s]")
@@ -126,11 +129,11 @@ class Retrofit:
         self.packages.mkdir(exist_ok=True)
 
     def run(self) -> None:
-        for stage in (*COMPARED, *(FURTHER if self.options.further else ())):
-            self.import_model(stage.init)
+        self.import_model("random")
         self.turn = user_turn(HuggingFaceTokenizer(str(self.tokenizer())))
         self.prompts = packages.write_prompts(self.packages, self.turn, self.options.prompts)
         self.data = [1, self.real_text(), 1, self.own_text()]
+        self.fit()
         self.train(COMPARED, self.options.steps)
         for stage in COMPARED:
             self.measure_answers(stage)
@@ -147,8 +150,11 @@ class Retrofit:
     def further(self) -> list[Stage]:
         """What is not needed for the comparison of plain MTP and MTP-D: measured by the answers alone."""
         others = FURTHER if self.options.further else ()
+        for stage in others:
+            if stage.init != "fitted":
+                self.import_model(stage.init)
         self.train(others, self.options.steps)
-        stages = [*others, *looped(self.options.new_steps)]
+        stages = [FITTED, *others, *looped(self.options.new_steps)]
         for stage in stages:
             if stage.source and stage.trains:
                 self.train([stage], self.options.new_steps)
@@ -164,7 +170,7 @@ class Retrofit:
         return self.out / "stages" / stage
 
     def checkpoints(self, stage: str) -> Path:
-        return self.folder(stage) / "checkpoints"
+        return self.imported(stage) if stage == FITTED.name else self.folder(stage) / "checkpoints"
 
     # What everything starts from -----------------------------------------------------------------------------------
 
@@ -175,6 +181,13 @@ class Retrofit:
             words = ["import", "--hf", source, "--save", save, "--num-heads", HEADS, "--init", init]
             words += ["--dtype", self.options.dtype]
             tool("convert_hf.py", *words, "--max-position-embeddings", LONGEST)
+
+    def fit(self) -> None:
+        """The heads that training starts from: what text there is, as often as it is drawn."""
+        save = self.imported(FITTED.name)
+        if read_tracker(save) is None:
+            words = ["--load", self.imported("random"), "--save", save, "--data-path", *self.data]
+            tool("fit_heads.py", *words, "--seq-length", SEQ_LENGTH, "--seed", self.options.seed, ranks=RANKS)
 
     def real_text(self) -> Path:
         return self.tokenized("stdlib", "--input", "python-stdlib")
@@ -220,7 +233,7 @@ class Retrofit:
         """The training of a stage, from what it saved before it was interrupted, its source, or the import."""
         own, options = self.checkpoints(stage.name), self.options
         start = self.checkpoints(stage.source) if stage.source else self.imported(stage.init)
-        lines = (self.imported(stage.init) / "model.args").read_text().splitlines()
+        lines = (self.imported("random") / "model.args").read_text().splitlines()
         command = [ROOT / "tools" / "pretrain_mtpd.py", *" ".join(x for x in lines if x[0] != "#").split()]
         command += ["--mtp-num-layers", stage.heads, "--mtpd-train", "heads", *stage.flags]
         command += ["--load", start if read_tracker(own) is None else own, "--save", own]

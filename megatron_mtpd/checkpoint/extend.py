@@ -48,11 +48,11 @@ def extend(plan: Plan, save: Path, mode: Mode = "link", force: bool = False, ver
         directory.mkdir()
         if mode == "link" and not can_link(plan.source.directory / next(iter(plan.source.files())), directory):
             mode = "copy"
-        total = _bytes_to_write(plan, mode)
+        total, new = _bytes_to_write(plan, mode), sum(len(x) for _, x in plan.entries if isinstance(x, bytes))
         free = shutil.disk_usage(root).free
-        if total > free:
+        if total + new > free:
             raise ValueError(
-                f"--save {save} needs {total / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB."
+                f"--save {save} needs {(total + new) / 1e9:,.1f} GB, and its file system has {free / 1e9:,.1f} GB."
             )
         with Progress("extend", total) as progress:
             if mode == "materialize":

@@ -113,14 +113,15 @@ def readable(count: int) -> str:
 
 
 class Progress:
-    """How far a long work over bytes is: a bar on a terminal, a line every ten seconds elsewhere, nothing if short."""
+    """How far a long work over bytes is, or over what `unit` says: a bar on a terminal, a line every ten seconds
+    elsewhere, nothing if short."""
 
-    def __init__(self, label: str | None, total: int, every: float = 10.0) -> None:
-        self._label, self._total, self._every, self._done = label, total, every, 0
+    def __init__(self, label: str | None, total: int, every: float = 10.0, unit: str = "B") -> None:
+        self._label, self._total, self._every, self._unit, self._done = label, total, every, unit, 0
         self._start = self._said = time.monotonic()
         self._bar = None
         if label and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1.0, leave=False)
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=1.0, leave=False)
 
     def __call__(self, count: int) -> None:
         self._done += count
@@ -131,7 +132,8 @@ class Progress:
             self._said = now
             rate = self._done / max(now - self._start, 1e-9)
             left = (self._total - self._done) / rate
-            done = f"{self._done / max(self._total, 1):.0%}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+            speed = f"{rate / 1e6:,.0f} MB/s" if self._unit == "B" else f"{rate:,.0f} {self._unit}s/s"
+            done = f"{self._done / max(self._total, 1):.0%}, {speed}, {left:,.0f} s left"
             print(f"{self._label}: {done}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ _STORAGES = {
     "bfloat16": "BFloat16Storage",
 }
 
+type Replacement = Callable[[tuple[int, ...], tuple[int, ...]], bytes]
+"""What `torch.save` writes of the part of a tensor that begins at an offset and has a size."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -61,6 +64,8 @@ class Plan:
     sources: tuple[int, ...]
     keep_optimizer: bool
     iteration: Iteration
+    replaced: Mapping[str, Replacement] = field(default_factory=dict)
+    """By key of the new checkpoint: tensors that get other values, of the same shape and dtype."""
 
     @cached_property
     def _children(self) -> dict[int, list[int]]:
@@ -96,7 +101,10 @@ class Plan:
                 continue
             for key, fresh in self.keys(index.fqn):
                 new_index = index if key is index.fqn else changed(index, fqn=key)
-                if fresh:
+                if key in self.replaced:
+                    offset = size(index.offset)
+                    found.append((new_index, self.replaced[key](offset, sizes[index.fqn, offset])))
+                elif fresh:
                     dtype = self.source.tensors[index.fqn].dtype
                     found.append((new_index, zeros(dtype, sizes[index.fqn, size(index.offset)])))
                 else:
@@ -107,7 +115,7 @@ class Plan:
         return {
             (key, size(chunk.offsets)): size(chunk.sizes)
             for key, stored in self.source.raw.state_dict_metadata.items()
-            if optimizer_slot(key) in _MOMENTS
+            if optimizer_slot(key) in _MOMENTS or key in self.replaced
             for chunk in stored.chunks
         }
 

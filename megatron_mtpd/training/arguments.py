@@ -70,7 +70,7 @@ def _make_help_printable(parser: argparse.ArgumentParser) -> None:
     """Escape what argparse cannot format: megatron-core 0.19.2 has a bare % in the help of a flag, and --help fails."""
     for action in parser._actions:
         try:
-            (action.help or "") % {**vars(action), "prog": parser.prog}
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
         except (ValueError, TypeError, KeyError):
             action.help = str(action.help).replace("%", "%%")
 

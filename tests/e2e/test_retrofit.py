@@ -112,12 +112,13 @@ def test_a_model_gets_heads_and_leaves_with_them(
     assert retrofit(*options) > 10
     printed, page = capsys.readouterr().out, (out / "RESULTS.md").read_text()
     assert page in printed and "Not run in vLLM" in printed and "vllm serve" in printed
-    assert "| plain MTP |" in page and "| MTP-D |" in page and "| MTP-D, copied to 16, untrained |" in page
+    assert "| plain MTP |" in page and "| MTP-D |" in page and "| fitted, untrained |" in page
+    assert "| MTP-D, copied to 16, untrained |" in page
     assert "CAR_4 differs by" in page
     assert "Our plain outputs equal to transformers': 4 of 4; with heads equal to ours without: 4 of 4" in page
     assert (out / "retrofit_smollm2.png").stat().st_size > 10_000
     found = json.loads((out / "retrofit_smollm2.json").read_text())
-    assert [row["heads"] for row in found["stages"]] == [4, 4, 8, 16]
+    assert [row["heads"] for row in found["stages"]] == [4, 4, 4, 8, 16]
     assert found["stages"][0]["greedy"]["main_loss"] == found["stages"][1]["greedy"]["main_loss"]
     assert found["generated"]["documents"] > 10
     answers = [row["answers"] for row in found["stages"]]
