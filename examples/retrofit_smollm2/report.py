@@ -150,7 +150,8 @@ def _acceptance(rows: list[dict[str, Any]], gains: dict[str, list[dict[str, floa
         "independent, and the tokens of a step are the main head's one and the mean of what is accepted.",
         "",
         f"Greedily, had a draft begun at each of the {answers['main_loss_tokens']:,} tokens of the model's answers to "
-        f"{answers['num_prompts']} prompts, of which the main head's loss is {answers['main_loss']:.4f} nats a token:",
+        f"{answers['num_prompts']} prompts, of which the main head's loss is {answers['main_loss']:.4f} nats a token "
+        "(more than four heads: to a quarter of the prompts):",
         "",
         *_table({row["title"] + ("" if row["trained"] else ", untrained"): row["answers"] for row in rows}),
         "",

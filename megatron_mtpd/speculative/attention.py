@@ -10,7 +10,7 @@ Deliberately absent: paging, and quantised or sliding-window caches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_mtpd import platform
 from megatron_mtpd.specs import SDPAttention, local_norm, local_spec
@@ -45,6 +46,15 @@ class Window:
     positions: Tensor
     visible: int | None
     mask: Tensor | None
+    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def bias(self, repeats: int, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores, [b, 1, repeats * s, visible]. Made once for all layers of a pass."""
+        assert self.mask is not None, "where everything is seen there is nothing to add"
+        if (repeats, dtype) not in self._biases:
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._biases[repeats, dtype] = bias.masked_fill_(self.mask, float("-inf")).repeat(1, 1, repeats, 1)
+        return self._biases[repeats, dtype]
 
 
 class KVCache:
@@ -91,18 +101,20 @@ class CachedAttention(SDPAttention):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """As SDPAttention; with a cache, `attention_mask` is the one of its window."""
+        """As SDPAttention; with a cache, what its window leaves visible counts, and `attention_mask` does not."""
         if self.cache is None:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         key, value = self.cache.extend(key, value)
-        shared = query.size(2) // key.size(2)
-        if shared == 1 or attention_mask is None:
-            return super().forward(query, key, value, attention_mask)
+        window, shared = self.cache.window, query.size(2) // key.size(2)
+        if window is None or window.mask is None:
+            return super().forward(query, key, value, None)
         # A group's heads as more positions of one head: a copy of the few queries, not of the cache for each head.
         s, b, groups, d = query.size(0), *key.shape[1:]
-        query = query.unflatten(2, (groups, shared)).permute(3, 0, 1, 2, 4).flatten(0, 1)
-        out = super().forward(query, key, value, attention_mask.repeat(1, 1, shared, 1))
-        return out.view(shared, s, b, groups, d).permute(1, 2, 3, 0, 4).flatten(2)
+        query = query.unflatten(2, (groups, shared)).permute(1, 2, 3, 0, 4).flatten(2, 3)
+        keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        bias = window.bias(shared, query.dtype)
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=self.softmax_scale)
+        return out.view(b, groups, shared, s, d).permute(3, 0, 1, 2, 4).flatten(2)
 
 
 def cached_spec(config: TransformerConfig) -> ModuleSpec:

@@ -122,7 +122,8 @@ def test_a_model_gets_heads_and_leaves_with_them(
     assert found["stages"][0]["greedy"]["main_loss"] == found["stages"][1]["greedy"]["main_loss"]
     assert found["generated"]["documents"] > 10
     answers = [row["answers"] for row in found["stages"]]
-    assert answers[0]["num_prompts"] == 6 and len({row["main_loss"] for row in answers}) == 1, "the trunk is frozen"
+    assert [row["num_prompts"] for row in answers] == [6, 6, 6, 2, 2]
+    assert len({row["main_loss"] for row in answers}) == 2, "the trunk is frozen: it is the prompts that differ"
     assert f"at each of the {answers[0]['main_loss_tokens']:,} tokens" in page
     assert answers[0]["main_loss_tokens"] <= 6 * 128, "of the answers alone"
 
