@@ -9,7 +9,7 @@ timed against transformers' plain decoding, and copied to 8 and 16. `--further` 
 random heads and from copies of the trunk's last layer, `--new-steps` a training of heads 5 to 8. RESULTS.md says what
 came of it.
 
-The run of RESULTS.md took two hours on two cores beside other work; the defaults are smaller. What is done is not done
+The run of RESULTS.md took an hour on two cores beside other work, with the defaults. What is done is not done
 again, so that it can be stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000
 --prompts 150 --new-steps 1000.
 """
