@@ -20,7 +20,7 @@ from megatron_mtpd.checkpoint.metadata import read_metadata
 from megatron_mtpd.checkpoint.replacing import plan_replacement
 from megatron_mtpd.data.excerpts import draw, parse_blend
 from megatron_mtpd.speculative import loading
-from megatron_mtpd.speculative.fitting import ZEROED, fit_heads, held_out
+from megatron_mtpd.speculative.fitting import ZEROED, fit_heads, held_out, usable
 from megatron_mtpd.speculative.teacher_forced import measure
 
 MEASURED = 4096
@@ -66,7 +66,7 @@ def run(options: Options) -> dict[str, Any] | None:
     length = min(options.seq_length, args.max_position_embeddings)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     tokens = options.tokens or 64 * model.config.hidden_size
-    texts = draw(blend, -(-tokens // replicas), length, (options.seed, replica))
+    texts = usable(draw(blend, -(-tokens // replicas), length, (options.seed, replica)), loaded.num_heads)
     with Progress("fit" if dist.get_rank() == 0 else None, sum(map(len, texts)), unit="token") as progress:
         fits = fit_heads(model, texts, args.vocab_size or args.padded_vocab_size, options.batch_size, progress)
     measured = held_out(texts)[: max(1, MEASURED // length)]

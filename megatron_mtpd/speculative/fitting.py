@@ -103,7 +103,7 @@ def fit_heads(
     Raises ValueError without enough text.
     """
     num_heads = model.config.mtp_num_layers or 0
-    texts = [text for text in texts if len(text) > num_heads + 1]
+    texts = usable(texts, num_heads)
     if len(texts) < HELD_OUT:
         raise ValueError(
             f"{len(texts)} texts of more than {num_heads + 1} tokens: give at least {HELD_OUT} on each replica."
@@ -124,6 +124,8 @@ def fit_heads(
         error, ridge, solution = min(errors, key=lambda found: found[0])
         fits.append(Fit(solution.t().float().cpu(), ridge, 1 - error / float(sums[1].targets)))
         _put(layer, fits[-1].weight, final_norm)
+        if head + 1 == num_heads:
+            break
         weight = solution.to(hidden[0].dtype)
         depth = [
             layer.final_layernorm(_inputs(model, layer, text, before, head + 1) @ weight)
@@ -132,8 +134,13 @@ def fit_heads(
     return fits
 
 
+def usable(texts: Sequence[list[int]], num_heads: int) -> list[list[int]]:
+    """The texts that have a target for every head."""
+    return [text for text in texts if len(text) > num_heads + 1]
+
+
 def held_out(texts: Sequence[list[int]]) -> list[list[int]]:
-    """Those of the texts that no head was fitted to."""
+    """Those of the usable texts that no head was fitted to."""
     return [text for number, text in enumerate(texts) if _is_held_out(number)]
 
 
@@ -173,8 +180,7 @@ def _unweighted(hidden: Tensor, norm: Any) -> Tensor:
 def _put(layer: Any, weight: Tensor, final_norm: Any) -> None:
     """Make a head of the model what was fitted."""
     rows, rank = layer.eh_proj.weight.shape[0], parallel_state.get_tensor_model_parallel_rank()
-    whole = rows == len(weight)
-    layer.eh_proj.weight.copy_(weight if whole else weight[rank * rows : (rank + 1) * rows])
+    layer.eh_proj.weight.copy_(weight[rank * rows : (rank + 1) * rows])
     for name, parameter in layer.named_parameters():
         if any(part in name for part in ZEROED):
             parameter.zero_()
