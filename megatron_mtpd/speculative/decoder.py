@@ -142,14 +142,14 @@ class Decoder:
             cache.window = window
         try:
             if depth == 0:
-                hidden = layers.stack(model.decoder.layers, self._embedded(ids), window.mask, rotary)
+                hidden = layers.stack(model.decoder.layers, self._embedded(ids), rotary)
                 out = model.decoder.final_norm(hidden)
             else:
                 embedded = self._embedded(ids)
                 if self.mask_position_0:
                     embedded = embedded.masked_fill((window.positions.t() == 0).unsqueeze(-1), 0.0)
                 hidden = state.hidden_at(depth - 1, window)
-                out = layers.head(self._depths[depth], hidden, embedded, window.mask, rotary)
+                out = layers.head(self._depths[depth], hidden, embedded, rotary)
         finally:
             for attention in self._attentions[depth]:
                 attention.attach(None)

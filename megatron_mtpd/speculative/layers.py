@@ -83,22 +83,22 @@ class RotaryTable:
         return Rotary(self.cos[index], self.sin[index], self.swapped)
 
 
-def stack(layers: Iterable[torch.nn.Module], hidden: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+def stack(layers: Iterable[torch.nn.Module], hidden: Tensor, rotary: Rotary | None) -> Tensor:
     """[s, b, h] through the layers of a HybridStack, without its last norm."""
     for layer in layers:
-        hidden = layer(hidden, attention_mask=mask, rotary_pos_emb=rotary)
+        hidden = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)  # a cache has its own mask
         if isinstance(hidden, tuple):
             hidden = hidden[0]
     return hidden
 
 
-def head(layer: Any, hidden: Tensor, embedded: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+def head(layer: Any, hidden: Tensor, embedded: Tensor, rotary: Rotary | None) -> Tensor:
     """A head, a MultiTokenPredictionLayer: hidden states of the depth before and the tokens' embeddings, both
     [s, b, h], to its own hidden states after its final norm."""
     both, _ = layer.eh_proj(torch.cat([layer.enorm(embedded), layer.hnorm(hidden)], -1))
     if layer.tp_group is not None and layer.tp_group.size() > 1:
         both = gather_from_tensor_model_parallel_region(both, group=layer.tp_group)
-    return layer.final_layernorm(stack(layer.mtp_model_layer.layers, both, mask, rotary))
+    return layer.final_layernorm(stack(layer.mtp_model_layer.layers, both, rotary))
 
 
 class ColumnLinear(ColumnParallelLinear):

@@ -1,9 +1,9 @@
 """Matrix products on a CPU with weights in oneDNN's own order.
 
 Decoding multiplies a few rows by every weight. torch's `linear` on a CPU is far from what the memory allows there, and
-two rows cost it about twice one; with the weight reordered once they cost little more than one (`tools/
-benchmark_decoding.py` measures decoding beside transformers, which uses `linear`). torch's compiler reorders weights in
-the same way when it freezes a model.
+two rows cost it about twice one; with the weight reordered once, a few rows cost about half of that
+(`tools/benchmark_decoding.py` measures decoding beside transformers, which uses `linear`). torch's compiler reorders
+weights in the same way when it freezes a model.
 
 The price is memory: a reordered copy of each fp32 weight beside the weight itself.
 
