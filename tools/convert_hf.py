@@ -28,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--hf", dest="source", type=Path, required=True, metavar="PATH", help="a folder with safetensors, or a .gguf")
     add("--save", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     add("--num-heads", type=int, metavar="K", help="heads it has [those of the folder]")
-    add(
-        "--init",
-        choices=("last-layer", "random"),
-        help="how heads start that the folder lacks; fit_heads.py gives a better start [last-layer]",
-    )
+    add("--init", choices=("last-layer", "random"), help="of new heads; fit_heads.py: a better start [last-layer]")
     add("--dtype", choices=DTYPES, help="of the weights [the folder's; of a .gguf fp32]")
     add("--max-position-embeddings", dest="max_positions", type=int, metavar="N", help="longest text [the folder's]")
     add("--seed", type=int, default=1234, help="of random heads [%(default)s]")
