@@ -1,8 +1,8 @@
 """Measure acceptance and speed of speculative decoding with a checkpoint's heads. Resumable; one rank or many nodes."""
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from megatron_mtpd.checkpoint.metadata import CheckpointError
@@ -18,8 +18,7 @@ EXAMPLE = """example:
 
 
 def main() -> None:
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=as_it_is)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="checkpoint, or the folder of a run")
     add("--ckpt-step", type=int, metavar="N", help="iteration to load [the last]")
@@ -31,6 +30,7 @@ def main() -> None:
     add("--top-p", type=float, default=1.0, help="[%(default)s]")
     add("--draft", choices=("greedy", "sampled"), default="greedy", help="[%(default)s]")
     add("--min-confidence", type=float, default=0.0, help="stop a draft below this probability [%(default)s]")
+    add("--draft-vocab-size", type=int, metavar="N", help="heads draft among the first N token ids alone [all]")
     add("--mask-position-0", action="store_true", help="zero the embedding at position 0 in the heads, as vLLM does")
     add("--max-new-tokens", type=int, default=128, help="[%(default)s]")
     add("--max-prompt-tokens", type=int, metavar="N", help="longer prompts lose their beginning [what training allows]")

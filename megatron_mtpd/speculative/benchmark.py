@@ -133,6 +133,7 @@ def _settings(options: Options, loaded: loading.Loaded, prompts: list[Prompt]) -
         **asdict(options.sampling),
         "min_confidence": options.min_confidence,
         "mask_position_0": options.mask_position_0,
+        "draft_vocab_size": options.draft_vocab_size,
         "ignore_eod": options.ignore_eod,
         "seed": options.seed,
     }

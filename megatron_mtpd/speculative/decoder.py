@@ -43,7 +43,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, vocab_max, vocab_offset
 from megatron_mtpd.model import MTPDModel
@@ -75,6 +75,9 @@ class Decoder:
             that draft is dropped. 0: always draft with all heads.
         mask_position_0: zero the token's embedding in the heads at position 0, as vLLM's DeepSeek heads do; training
             does not.
+        draft_vocab_size: heads draft among the ids below this alone, so that their output layer costs as much less;
+            None: all. A byte-pair vocabulary is in the order of its merges, so these are its most frequent tokens
+            (FR-Spec, arXiv 2502.14856, ranks them by count). The output does not change, the acceptance does.
 
     Raises ValueError for a model or options that cannot work.
     """
@@ -89,6 +92,7 @@ class Decoder:
         sampling: Sampling | None = None,
         min_confidence: float = 0.0,
         mask_position_0: bool = False,
+        draft_vocab_size: int | None = None,
     ) -> None:
         available = (model.config.mtp_num_layers or 0) if model.mtp_process else 0
         if not 0 <= num_heads <= available:
@@ -97,11 +101,16 @@ class Decoder:
             )
         if not 0 <= min_confidence <= 1:
             raise ValueError(f"--min-confidence is {min_confidence}: give a probability between 0 and 1.")
+        if draft_vocab_size is not None and not 1 <= draft_vocab_size <= vocab_size:
+            raise ValueError(
+                f"--draft-vocab-size {draft_vocab_size}: the vocabulary has {vocab_size} ids; give 1 to {vocab_size}."
+            )
         if model.training:
             raise ValueError("The model is in training mode: call model.eval() before decoding.")
         self.model, self.num_heads, self.vocab_size = model, num_heads, vocab_size
         self.sampling = sampling or Sampling()
         self.min_confidence, self.mask_position_0 = min_confidence, mask_position_0
+        self.draft_vocab_size = draft_vocab_size
         tp_group = model.pg_collection.tp
         self.tp_group = tp_group if model.parallel_output and tp_group.size() > 1 else None
         self.device = next(model.parameters()).device
@@ -113,7 +122,7 @@ class Decoder:
             raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
         self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
         self._rotary = self._rotary_table(capacity + 1)
-        self._output = PackedWeight()
+        self._output, self._draft_output = PackedWeight(), PackedWeight()
         self.draft_seconds = 0.0
         """Of all steps so far, the time that went into drafting."""
 
@@ -165,12 +174,32 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> fp32 [s, b, V / tp], padding of the vocabulary at -inf."""
+        weight, first = self._output_weight()
+        return self._masked(self._output.linear(hidden, weight), self.vocab_size - first)
+
+    def _draft_logits(self, hidden: Tensor) -> Tensor:
+        """The same with the ids that are not drafted at -inf, or left out where nobody needs them."""
+        if self.draft_vocab_size is None:
+            return self._logits(hidden)
+        weight, first = self._output_weight()
+        width, drafted = weight.shape[0], self.draft_vocab_size - first
+        computed = min(max(drafted, 1), width)  # one at least, at -inf then
+        logits = self._masked(self._draft_output.linear(hidden, weight[:computed]), drafted)
+        if self.tp_group is None and not self.sampling.sampled_drafts:
+            return logits
+        return pad(logits, (0, width - computed), value=float("-inf"))
+
+    def _output_weight(self) -> tuple[Tensor, int]:
+        """[V / tp, h], and the id of its first row."""
         shared = self.model.share_embeddings_and_output_weights
         weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
-        logits = self.model._scale_logits(self._output.linear(hidden, weight)).float()
-        padding = self.vocab_size - vocab_offset(logits, self.tp_group)
-        if padding < logits.shape[-1]:
-            logits[..., max(padding, 0) :] = float("-inf")
+        return weight, vocab_offset(weight.t(), self.tp_group)
+
+    def _masked(self, logits: Tensor, size: int) -> Tensor:
+        """Scaled, in fp32, those from `size` on at -inf."""
+        logits = self.model._scale_logits(logits).float()
+        if size < logits.shape[-1]:
+            logits[..., max(size, 0) :] = float("-inf")
         return logits
 
     def _argmax(self, logits: Tensor) -> Tensor:
@@ -275,7 +304,7 @@ class Decoder:
             start = state.valid[k, slots]
             hidden = self._run(k, state.window(slots, start, lengths - 1))
             last = (lengths - 2 - start).to(self.device)
-            logits = self._logits(hidden[last, rows].unsqueeze(0))[0]
+            logits = self._draft_logits(hidden[last, rows].unsqueeze(0))[0]
             if self.sampling.sampled_drafts:
                 assert uniform is not None, "sampling needs random numbers"
                 offered.append(self._probabilities(logits))

@@ -53,6 +53,8 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     min_confidence: float = 0.0
     mask_position_0: bool = False
+    draft_vocab_size: int | None = None
+    """Heads draft among so many ids, from 0; None: all."""
     ignore_eod: bool = False
     teacher_forced_only: bool = False
     every_checkpoint: bool = False
@@ -183,6 +185,7 @@ class Worker:
             options.sampling,
             options.min_confidence if num_heads else 0.0,
             options.mask_position_0,
+            options.draft_vocab_size,
         )
         self._warm_up(decoder)
         cuts: dict[int, int] = {}

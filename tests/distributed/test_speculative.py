@@ -22,10 +22,10 @@ pytestmark = pytest.mark.distributed
 ONE_BY_ONE = int(os.environ.get("PROMPTS_ONE_BY_ONE", "50"))
 
 
-def decode(tensor_parallel, num_heads, slots, number, sampling=None):
+def decode(tensor_parallel, num_heads, slots, number, sampling=None, **options):
     loading.start_distributed(tensor_parallel)
     texts = prompts(number, seed=8)
-    decoder = Decoder(toy_model(4), num_heads, slots, 12 + 12 + num_heads + 1, VOCABULARY, sampling)
+    decoder = Decoder(toy_model(4), num_heads, slots, 12 + 12 + num_heads + 1, VOCABULARY, sampling, **options)
     done = generate(decoder, [Request(key, text, 12) for key, text in enumerate(texts)], seed=5)
     return sorted((g.key, g.tokens, g.acceptance.num_accepted_tokens_per_pos) for g in done)
 
@@ -70,6 +70,16 @@ def test_ranks_sample_the_same_tokens(sampling):
     first, second = run(decode, 2, 2, 2, 8, 16, sampling)
     # Equal up to rounding: a sum over two ranks moves a probability by 1e-7, and 16 x 12 draws hardly ever lie there.
     assert first == second == one
+
+
+@pytest.mark.parametrize(("among", "sampling"), [(70, Sampling()), (20, Sampling(1.0, sampled_drafts=True))])
+def test_heads_draft_among_the_same_few_tokens_on_any_layout(among, sampling):
+    """Of the second rank's 48 ids 70 has some, 20 none."""
+    options = {"draft_vocab_size": among}
+    (one,) = run(decode, 1, 1, 4, 8, 16, sampling, **options)
+    first, second = run(decode, 2, 2, 4, 8, 16, sampling, **options)
+    assert first == second == one
+    assert sum(sum(accepted) for _, _, accepted in one) > 0
 
 
 def save(directory, tensor_parallel):

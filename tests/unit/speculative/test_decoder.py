@@ -6,6 +6,7 @@ import torch
 from megatron_mtpd.speculative.counts import Acceptance
 from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
+from megatron_mtpd.speculative.sampling import Sampling
 from tests.unit.speculative.toys import VOCABULARY, hidden_states, plain, prompts, speculative, toy_model
 
 
@@ -160,6 +161,38 @@ def test_position_0_mask_changes_drafts_not_output(model):
     assert total(masked) != total(unmasked)
 
 
+@pytest.mark.parametrize("among", [1, 40, VOCABULARY])
+def test_heads_that_draft_among_few_tokens_draft_as_the_reference(model, among):
+    texts = prompts(6)
+    done = run(model, texts, 4, 4, draft_vocab_size=among)
+    for key, text in enumerate(texts):
+        assert (done[key].tokens, done[key].acceptance) == speculative(model, text, 16, 4, among)
+    if among == 40:
+        assert 0 < total(done).num_accepted_tokens < total(run(model, texts, 4, 4)).num_accepted_tokens
+
+
+def test_sampled_drafts_among_few_tokens_are_verified_as_such(model):
+    """Their distribution has no probability elsewhere, and the verification knows: no draft from 40 on, and tokens
+    from 40 on in the output."""
+    texts, drafts = prompts(6), []
+    sampling = Sampling(1.0, sampled_drafts=True)
+    decoder = Decoder(model, 2, 6, 64, VOCABULARY, sampling, draft_vocab_size=40)
+    decoder.prefill(0, texts, torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    draft, random = decoder._draft, torch.Generator().manual_seed(2)
+
+    def recorded(*args):
+        drafts.append(draft(*args))
+        return drafts[-1]
+
+    decoder._draft = recorded
+    tokens = [decoder.step(6, torch.rand(6, 5, dtype=torch.float64, generator=random)).tokens for _ in range(16)]
+    for _, chosen, offered in drafts:
+        assert int(chosen.max()) < 40
+        assert offered.shape[-1] == VOCABULARY and not offered[..., 40:].any()
+        torch.testing.assert_close(offered.sum(-1), torch.ones_like(offered[..., 0]))
+    assert max(token for step in tokens for row in step for token in row) >= 40
+
+
 def test_padding_of_the_vocabulary_is_never_chosen():
     model = toy_model(2, frequent=5)  # token 95 is a frequent one
     texts = prompts(3)
@@ -188,6 +221,8 @@ def test_experts_and_shared_heads_decode_as_the_reference():
     [
         ({"num_heads": 5}, "--num-heads 5: the model has 4"),
         ({"min_confidence": 1.5}, "--min-confidence is 1.5"),
+        ({"draft_vocab_size": 0}, "--draft-vocab-size 0: the vocabulary has 96 ids"),
+        ({"draft_vocab_size": 97}, "--draft-vocab-size 97: the vocabulary has 96 ids"),
     ],
 )
 def test_options_that_cannot_work_are_refused(model, options, message):

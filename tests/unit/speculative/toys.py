@@ -118,9 +118,9 @@ def hidden_states(model: MTPDModel, tokens: list[int]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def choose(model: MTPDModel, hidden: Tensor) -> int:
-    """The most probable token of one position [h]."""
-    return int(model.logits(hidden.view(1, 1, -1))[0, 0].argmax())
+def choose(model: MTPDModel, hidden: Tensor, among: int = VOCABULARY) -> int:
+    """The most probable token of one position [h], of the first `among`."""
+    return int(model.logits(hidden.view(1, 1, -1))[0, 0, :among].argmax())
 
 
 def plain(model: MTPDModel, prompt: list[int], size: int) -> list[int]:
@@ -131,15 +131,18 @@ def plain(model: MTPDModel, prompt: list[int], size: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def speculative(model: MTPDModel, prompt: list[int], size: int, num_heads: int) -> tuple[list[int], Acceptance]:
-    """The same with drafts, and their counts; every head by a whole training pass over tokens and earlier drafts."""
+def speculative(
+    model: MTPDModel, prompt: list[int], size: int, num_heads: int, among: int = VOCABULARY
+) -> tuple[list[int], Acceptance]:
+    """The same with drafts, of the first `among` tokens, and their counts; every head by a whole training pass over
+    tokens and earlier drafts."""
     counts = Acceptance.of_heads(num_heads)
     tokens = [*prompt, *plain(model, prompt, 1)]
     while len(tokens) < len(prompt) + size:
         position, drafts = len(tokens) - 2, []
         for k in range(1, num_heads + 1):
             hidden = hidden_states(model, tokens + drafts)[k]
-            drafts.append(choose(model, hidden[position]))
+            drafts.append(choose(model, hidden[position], among))
         truth = plain(model, tokens, num_heads + 1)
         accepted = next((j for j, d in enumerate(drafts) if d != truth[j]), num_heads)
         counts.add(num_heads, accepted)
