@@ -38,6 +38,8 @@ from megatron_mtpd.speculative.chat import user_turn
 
 HEADS, SEQ_LENGTH, LONGEST = 4, 256, 1024
 NEW_TOKENS = 64
+IMPORTED = "last-layer"
+"""What heads start as before they are fitted."""
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 CORES = len(os.sched_getaffinity(0))
 RANKS = torch.cuda.device_count() or CORES
@@ -63,7 +65,7 @@ COMPARED = (Stage("mtp", "plain MTP", flags=tuple(PLAIN_MTP)), Stage("mtpd", "MT
 FURTHER = (
     Stage("lk", "LK", flags=("--mtpd-objective", "lk")),
     Stage("mtpd-random", "MTP-D from random heads", init="random"),
-    Stage("mtpd-last-layer", "MTP-D from the last layer", init="last-layer"),
+    Stage("mtpd-last-layer", "MTP-D from the last layer", init=IMPORTED),
 )
 
 
@@ -89,7 +91,7 @@ def main() -> None:
     add("--steps", type=int, default=100, help="of each variant's training [%(default)s]")
     add("--further", action="store_true", help="also LK, and MTP-D from other starts")
     add("--new-steps", type=int, default=0, help="of training heads 5 to 8; 0: copies alone [%(default)s]")
-    add("--dtype", choices=("fp32", "bf16"), help="of all weights [bf16 on a GPU, fp32 on a CPU: few are fast in bf16]")
+    add("--dtype", choices=("fp32", "bf16"), help="of training [bf16 on a GPU and on a CPU with AMX, else fp32]")
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
     add("--lr", type=float, default=3e-4, help="[%(default)s]")
     add("--questions", type=int, default=200, help="that the model asks itself, and answers [%(default)s]")
@@ -101,7 +103,10 @@ def main() -> None:
     add("--model", type=Path, metavar="PATH", help="another instruct model, as convert_hf.py takes it")
     add("--vllm", type=Path, default=VLLM, metavar="PYTHON", help="that has vLLM [what make test-serving makes]")
     options = parser.parse_args()
-    options.dtype = options.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16")
+    options.dtype = options.dtype or ("bf16" if fast else "fp32")
+    # On a CPU every decoder is exact in fp32, so that they can be compared token by token.
+    options.decoding_dtype = options.dtype if torch.cuda.is_available() else "fp32"
     least = {
         "steps": 2,
         "new_steps": 0,
@@ -129,7 +134,7 @@ class Retrofit:
         self.packages.mkdir(exist_ok=True)
 
     def run(self) -> None:
-        self.import_model("random")
+        self.import_model(IMPORTED)
         self.turn = user_turn(HuggingFaceTokenizer(str(self.tokenizer())))
         self.prompts = packages.write_prompts(self.packages, self.turn, self.options.prompts)
         self.data = [1, self.real_text(), 1, self.own_text()]
@@ -151,7 +156,7 @@ class Retrofit:
         """What is not needed for the comparison of plain MTP and MTP-D: measured by the answers alone."""
         others = FURTHER if self.options.further else ()
         for stage in others:
-            if stage.init != "fitted":
+            if stage.init not in ("fitted", IMPORTED):
                 self.import_model(stage.init)
         self.train(others, self.options.steps)
         stages = [FITTED, *others, *looped(self.options.new_steps)]
@@ -186,7 +191,7 @@ class Retrofit:
         """The heads that training starts from: what text there is, as often as it is drawn."""
         save = self.imported(FITTED.name)
         if read_tracker(save) is None:
-            words = ["--load", self.imported("random"), "--save", save, "--data-path", *self.data]
+            words = ["--load", self.imported(IMPORTED), "--save", save, "--data-path", *self.data]
             tool("fit_heads.py", *words, "--seq-length", SEQ_LENGTH, "--seed", self.options.seed, ranks=RANKS)
 
     def real_text(self) -> Path:
@@ -200,14 +205,14 @@ class Retrofit:
     def answers(self) -> list[Path]:
         """What the model says to the prompts, greedily: by benchmark."""
         prompts = packages.write_prompts(self.packages, self.turn, self.options.answers)
-        words = ("--max-new-tokens", 128, "--temperature", 0)
+        words = ("--max-new-tokens", 128, "--temperature", 0, "--dtype", self.options.decoding_dtype)
         return [self.written(f"answers/{p.stem}", "--prompts", p, *words) for p in prompts]
 
     def written(self, name: str, *words: object) -> Path:
         """Text that the model writes, with its main head alone."""
         folder = self.out / name
         if not (folder / "generated.jsonl").exists():
-            load = ("--load", self.imported("random"), "--output", folder, "--batch-size", 64)
+            load = ("--load", self.imported(IMPORTED), "--output", folder, "--batch-size", 64)
             tool("generate_data.py", *load, *words, ranks=RANKS)
         return folder / "generated.jsonl"
 
@@ -219,7 +224,7 @@ class Retrofit:
         return prefix
 
     def tokenizer(self) -> Path:
-        return self.imported("random") / "hf"
+        return self.imported(IMPORTED) / "hf"
 
     # Stages --------------------------------------------------------------------------------------------------------
 
@@ -233,7 +238,7 @@ class Retrofit:
         """The training of a stage, from what it saved before it was interrupted, its source, or the import."""
         own, options = self.checkpoints(stage.name), self.options
         start = self.checkpoints(stage.source) if stage.source else self.imported(stage.init)
-        lines = (self.imported("random") / "model.args").read_text().splitlines()
+        lines = (self.imported(IMPORTED) / "model.args").read_text().splitlines()
         command = [ROOT / "tools" / "pretrain_mtpd.py", *" ".join(x for x in lines if x[0] != "#").split()]
         command += ["--mtp-num-layers", stage.heads, "--mtpd-train", "heads", *stage.flags]
         command += ["--load", start if read_tracker(own) is None else own, "--save", own]
@@ -282,6 +287,7 @@ class Retrofit:
     ) -> None:
         words = ("--load", self.checkpoints(stage), "--prompts", *prompts, "--output", results, *words)
         words = (*words, "--num-heads", *heads, "--max-new-tokens", NEW_TOKENS, "--max-prompt-tokens", 768)
+        words = (*words, "--dtype", self.options.decoding_dtype)
         tool("benchmark_acceptance.py", *words, ranks=ranks)
 
     def export(self, stage: str, form: str) -> Path:
@@ -290,6 +296,7 @@ class Retrofit:
         if not (save / "config.json").exists():
             acceptance = self.folder(stage) / "acceptance" / "acceptance.json"
             words = ["export", "--load", self.checkpoints(stage), "--save", save, "--format", form]
+            words += ["--dtype", self.options.decoding_dtype]
             tool("convert_hf.py", *words, "--hf", self.tokenizer(), "--acceptance", acceptance, "--force")
         return save
 

@@ -23,30 +23,35 @@ from megatron_mtpd.checkpoint.metadata import CheckpointError, head_of, is_optim
 def plan_replacement(
     load: Path,
     ckpt_step: int | None,
-    eh_proj: Sequence[Tensor],
+    weights: Sequence[Mapping[str, Tensor]],
     final_norm: Mapping[str, Tensor],
     zeroed: Sequence[str],
 ) -> Plan:
-    """The plan that gives each head its `eh_proj` [h, 2h], the values of `final_norm` (by the names of its parameters)
-    as its own final norm, and zeros to all tensors that have one of `zeroed` in their key.
+    """The plan that gives each head its `weights` [out, in] (by the ends of the modules' names, each of which it has
+    once), the values of `final_norm` (by the names of its parameters) as its own final norm, and zeros to all other
+    tensors that have one of `zeroed` in their key.
 
-    Raises what `make_plan` raises, and CheckpointError for heads that have no such tensors.
+    Raises what `make_plan` raises, and CheckpointError for heads that lack a tensor.
     """
-    plan = make_plan(load, num_heads=len(eh_proj), ckpt_step=ckpt_step)
+    plan = make_plan(load, num_heads=len(weights), ckpt_step=ckpt_step)
     replaced: dict[str, Replacement] = {}
+    missing = {(head, name) for head, named in enumerate(weights) for name in named}
     for key, tensor in plan.source.tensors.items():
         head = head_of(key)
         if head is None or is_optimizer(key):
             continue
-        dtype, name = tensor.dtype, key.rpartition(".")[2]
-        if any(part in key for part in zeroed):
+        dtype, parameter = tensor.dtype, key.rpartition(".")[2]
+        found = [name for name in weights[head] if key.endswith(f".{name}.weight")]
+        if found:
+            replaced[key] = partial(_part, weights[head][found[0]], dtype)
+            missing.discard((head, found[0]))
+        elif any(part in key for part in zeroed):
             replaced[key] = partial(_zeros, dtype)
-        elif key.endswith("eh_proj.weight"):
-            replaced[key] = partial(_part, eh_proj[head], dtype)
-        elif f"final_layernorm.{name}" in key:
-            replaced[key] = partial(_part, final_norm[name], dtype)
-    if not any(key.endswith("eh_proj.weight") for key in replaced):
-        raise CheckpointError(f"{plan.source.directory}: its heads have no eh_proj.weight.")
+        elif f"final_layernorm.{parameter}" in key:
+            replaced[key] = partial(_part, final_norm[parameter], dtype)
+    if missing:
+        head, name = min(missing)
+        raise CheckpointError(f"{plan.source.directory}: its head {head + 1} has no {name}.weight.")
     return Plan(plan.source, plan.sources, False, RELEASE, replaced)
 
 

@@ -35,6 +35,7 @@ Deliberately absent: queues of prompts (`generate`), pipeline parallelism, CUDA 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -230,12 +231,29 @@ class Decoder:
 
         Behind the end of a shorter text it has no meaning.
         """
-        state, slots = self.state, slice(first_slot, first_slot + len(texts))
+        window = self._whole(texts, first_slot, 0)
+        self.state.valid[:, window.slots] = 0
+        return self._run(0, window)
+
+    @torch.inference_mode()
+    def head_states(self, head: int, texts: Sequence[list[int]], before: Sequence[Tensor]) -> Tensor:
+        """A head's after its final norm, [s - head, b, h], heads counted from 1, where `before` are those of the depth
+        before, [s, h] of each text. The head must be one of `num_heads`.
+
+        At i it takes the text's token i + head; behind the last of a shorter text it has no meaning.
+        """
+        window = self._whole(texts, 0, head)
+        for row, states in enumerate(before):
+            self.state.store(head - 1, states, row)
+        return self._run(head, window)
+
+    def _whole(self, texts: Sequence[list[int]], first_slot: int, head: int) -> Window:
+        """Texts, put into the slots from `first_slot` on: the positions at which a head has a token to take."""
         lengths = torch.tensor([len(text) for text in texts])
         for slot, text in enumerate(texts, first_slot):
-            state.tokens[slot, : len(text)] = torch.tensor(text, device=self.device)
-        state.valid[:, slots] = 0
-        return self._run(0, state.window(slots, torch.zeros_like(lengths), lengths))
+            self.state.tokens[slot, : len(text)] = torch.tensor(text, device=self.device)
+        slots = slice(first_slot, first_slot + len(texts))
+        return self.state.window(slots, torch.zeros_like(lengths), lengths - head)
 
     @torch.inference_mode()
     def prefill(self, first_slot: int, prompts: list[list[int]], uniform: Tensor | None = None) -> list[int]:

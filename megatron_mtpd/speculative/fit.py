@@ -74,7 +74,7 @@ def run(options: Options) -> dict[str, Any] | None:
     if dist.get_rank():
         return None
     final_norm = {name: value.cpu() for name, value in model.decoder.final_norm.state_dict().items()}
-    plan = plan_replacement(options.load, options.ckpt_step, [fit.weight for fit in fits], final_norm, ZEROED)
+    plan = plan_replacement(options.load, options.ckpt_step, [fit.weights for fit in fits], final_norm, ZEROED)
     extend(plan, options.save, force=options.force)
     return {
         "tokens": sum(map(len, texts)) * replicas,
@@ -90,9 +90,16 @@ def for_terminal(found: dict[str, Any], save: Path) -> str:
         f"Fitted to {found['tokens']:,} tokens, a tenth of them held out; measured on {found['measured_tokens']:,} of "
         f"those, where the main head's loss is {found['main_loss']:.4f} nats a token, as it was.",
         "",
-        f"{'head':>4}{'ridge':>9}{'explained %':>13}{'loss':>8}{'CAR %':>8}",
+        "Explained, in % of the held-out targets' squares, by each map and those before it:",
+        "",
+        "head" + "".join(f"{_short(name):>13}" for name in found["heads"][0]["explained"]) + "    loss   CAR %",
     ]
     columns = zip(found["heads"], found["heads_loss"], found["cumulative_acceptance_rate"], strict=True)
     for number, (head, loss, rate) in enumerate(columns, 1):
-        lines.append(f"{number:>4}{head['ridge']:>9.0e}{head['explained']:>13.1%}{loss:>8.3f}{rate:>8.1%}")
+        shares = "".join(f"{share:>13.1%}" for share in head["explained"].values())
+        lines.append(f"{number:>4}{shares}{loss:>8.3f}{rate:>8.1%}")
     return "\n".join([*lines, "", f"written to {save}; train from it: --load {save} --mtpd-train heads"])
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]

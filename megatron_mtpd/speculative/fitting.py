@@ -1,32 +1,41 @@
-"""Heads for a trained model in closed form: the linear map that tells most of the main model's next hidden states.
+"""Heads for a trained model in closed form: linear maps that tell most of the main model's next hidden states.
 
 Head k at position i is to say what the main head says at i + k, and has the same output layer: it needs the main
-model's hidden state h_{i+k}. It sees the embedding of x_{i+k} and the hidden state of the depth before at i. With the
-outputs of its layer's blocks at zero, the layer is an identity, and a head is
+model's hidden state h_{i+k}. It sees the embedding of x_{i+k} and the hidden state of the depth before at i, and is a
+sum that is then normed:
 
-    h^k_i = final_layernorm(eh_proj [enorm(embedding(x_{i+k})); hnorm(h^{k-1}_i)]),   h^0 = h.
+    u = [enorm(embedding(x_{i+k})); hnorm(h^{k-1}_i)],   h^0 = h
+    y = eh_proj u + linear_proj a + linear_fc2 m,   h^k_i = final_layernorm(y),
 
-So `eh_proj` is a linear regression. Its target is h_{i+k} before the weight of the trunk's final norm, which becomes
-the head's; its inputs are the model's own on some text; ridge regression has the solution
+where a is what its attention gives, and m what the first projection and the activation of its MLP give. So each of the
+three last projections is a linear regression, one after the other, on what those before it leave: with those behind it
+at zero, a and m depend on what is fitted already. What makes a and m, attention's own projections and the MLP's first,
+stays as it is: copies of the trunk's last layer have more to tell than random weights.
+
+The target of y is h_{i+k} before the weight of the trunk's final norm, which becomes the head's; the inputs are the
+model's own on some text. Ridge regression of targets T on inputs X has the solution
 
     W = (X^T X + ridge * mean(diag(X^T X)) * I)^-1 X^T T,
 
 from sums over the text. Heads follow each other, because head k + 1 takes what head k gives. The ridge with the least
-error on text held out, a tenth of it, is taken. Nothing is trained: the blocks of the layer start as they are, and
-learn from there, because only their last projections are zero.
+error on text held out, a tenth of it, is taken. Nothing is trained; training goes on from there.
 
-Deliberately absent: writing a checkpoint (see `checkpoint.replacing`), and the trunk, which stays as it is.
+Deliberately absent: experts, whose last projections become zero, and learn from there; writing a checkpoint (see
+`checkpoint.replacing`); and the trunk, which stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_mtpd.model import MTPDModel
@@ -35,18 +44,23 @@ from megatron_mtpd.speculative.decoder import Decoder
 RIDGES = tuple(10.0**power for power in range(-5, 2))
 HELD_OUT = 10
 """One text in so many is held out."""
+FITTED = ("eh_proj", "self_attention.linear_proj", "mlp.linear_fc2")
+"""The ends of the names of the linear maps, in the order that they are fitted in. One that a head has more than once,
+or not at all, is left out."""
 ZEROED = ("linear_proj.", "linear_fc2.")
-"""The last projections of a layer's blocks, in the names of parameters and of a checkpoint's tensors."""
+"""The last projections of a layer's blocks, in the names of parameters and of a checkpoint's tensors: zero where they
+are not fitted."""
 
 
-class Fit(NamedTuple):
-    """The map of one head."""
+@dataclass
+class Fit:
+    """The maps of one head, by their names in `FITTED`."""
 
-    weight: Tensor
-    """`eh_proj`'s, fp32 [h, 2h] on the CPU, the embedding's half first."""
-    ridge: float
-    explained: float
-    """Of the held-out targets' sum of squares, the share that the map explains; 1 is all."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """fp32 [out, in] on the CPU."""
+    ridge: dict[str, float] = field(default_factory=dict)
+    explained: dict[str, float] = field(default_factory=dict)
+    """Of the held-out targets' sum of squares, the share that this map and those before it explain; 1 is all."""
 
 
 @dataclass
@@ -58,14 +72,14 @@ class _Sums:
     targets: Tensor
 
     @classmethod
-    def of(cls, size: int, device: torch.device) -> _Sums:
+    def of(cls, size: int, out: int, device: torch.device) -> _Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        return cls(zeros(2 * size, 2 * size), zeros(2 * size, size), zeros(1))
+        return cls(zeros(size, size), zeros(size, out), zeros(1))
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        """Rows of inputs [n, 2h] and targets [n, h]."""
+        """Rows of inputs [n, in] and targets [n, out]."""
         x, t = x.float(), t.float()
         self.inputs += x.t() @ x
         self.both += x.t() @ t
@@ -76,7 +90,7 @@ class _Sums:
             dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
 
     def solved(self, ridge: float) -> Tensor:
-        """[2h, h]. Raises ValueError where the text does not determine it."""
+        """[in, out]. Raises ValueError where the text does not determine it."""
         scale = self.inputs.diagonal().mean()
         try:
             factor = torch.linalg.cholesky(self.inputs + ridge * scale * torch.eye(len(self.inputs)).to(self.inputs))
@@ -108,30 +122,101 @@ def fit_heads(
         raise ValueError(
             f"{len(texts)} texts of more than {num_heads + 1} tokens: give at least {HELD_OUT} on each replica."
         )
-    hidden = list(_hidden_states(model, texts, vocab_size, batch_size, progress))
-    final_norm: Any = model.decoder.final_norm
-    fits, depth = [], hidden
-    for head in range(num_heads):
-        layer: Any = model.mtp.layers[head]
-        device = hidden[0].device
-        sums = [_Sums.of(model.config.hidden_size, device) for _ in range(2)]
-        for number, (text, before, main) in enumerate(zip(texts, depth, hidden, strict=True)):
-            x = _inputs(model, layer, text, before, head + 1)
-            sums[_is_held_out(number)].add(x, _unweighted(main[head + 1 :], final_norm))
+    longest = max(len(text) for text in texts)
+    decoder = Decoder(model, num_heads, batch_size, longest + num_heads + 1, vocab_size)
+    main: list[Tensor] = []
+    for first in range(0, len(texts), batch_size):
+        batch = texts[first : first + batch_size]
+        found = decoder.hidden_states(batch)
+        main += [found[: len(text), row].clone() for row, text in enumerate(batch)]
+        progress(sum(len(text) for text in batch))
+    targets = [_unweighted(hidden, model.decoder.final_norm) for hidden in main]
+    before, fits = main, []
+    for head in range(1, num_heads + 1):
+        text = _Text(decoder, head, texts, before, targets)
+        fits.append(_fit_head(model.mtp.layers[head - 1], text, model.decoder.final_norm))
+        if head < num_heads:
+            before = [states for _, states in text.passes()]
+    return fits
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a head, counted from 1, is fitted to: texts, and what the depth before and the main model say to them."""
+
+    decoder: Decoder
+    head: int
+    texts: Sequence[list[int]]
+    before: Sequence[Tensor]
+    """[s, h] of each text."""
+    targets: Sequence[Tensor]
+    """fp32 [s, h] of each text."""
+
+    def passes(self, *watched: torch.nn.Module) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Of each text, at the positions that have a target: what the modules are given, and what the head gives,
+        [s - head, ...]."""
+        size = self.decoder.state.slots
+        for first in range(0, len(self.texts), size):
+            last = min(first + size, len(self.texts))
+            with _watching(watched) as seen:
+                states = self.decoder.head_states(self.head, self.texts[first:last], self.before[first:last])
+            for row in range(last - first):
+                length = len(self.texts[first + row]) - self.head
+                yield [x[:length, row] for x in seen], states[:length, row].clone()
+
+    def rows(self, module: Any, final_norm: torch.nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each text: inputs of a module of the head, what is left of the targets, and the targets."""
+        for number, ((x, y), _) in enumerate(self.passes(module, final_norm)):
+            if isinstance(module, RowParallelLinear) and module.tp_group is not None and module.tp_group.size() > 1:
+                x = gather_from_tensor_model_parallel_region(x, group=module.tp_group)
+            target = self.targets[number][self.head :]
+            yield x, target - y.float(), target
+
+
+def _fit_head(layer: Any, text: _Text, final_norm: Any) -> Fit:
+    """Fit a head, and make it what was found."""
+    fit, modules = Fit(), _modules(layer)
+    for name, parameter in layer.named_parameters():
+        if name == "eh_proj.weight" or any(part in name for part in ZEROED):
+            parameter.zero_()
+    layer.final_layernorm.load_state_dict(final_norm.state_dict())
+    for name, module in modules.items():
+        sums, whole = None, torch.zeros(1, dtype=torch.float64)
+        for number, (x, left, target) in enumerate(text.rows(module, layer.final_layernorm)):
+            sums = sums or [_Sums.of(x.shape[-1], target.shape[-1], x.device) for _ in range(2)]
+            sums[_is_held_out(number)].add(x, left)
+            whole = whole.to(x.device) + (target.square().sum() if _is_held_out(number) else 0.0)
+        assert sums is not None, "there is text"
         for part in sums:
             part.reduce()
+        dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
         errors = [(sums[1].error(solution := sums[0].solved(ridge)), ridge, solution) for ridge in RIDGES]
-        error, ridge, solution = min(errors, key=lambda found: found[0])
-        fits.append(Fit(solution.t().float().cpu(), ridge, 1 - error / float(sums[1].targets)))
-        _put(layer, fits[-1].weight, final_norm)
-        if head + 1 == num_heads:
-            break
-        weight = solution.to(hidden[0].dtype)
-        depth = [
-            layer.final_layernorm(_inputs(model, layer, text, before, head + 1) @ weight)
-            for text, before in zip(texts, depth, strict=True)
-        ]
-    return fits
+        error, fit.ridge[name], solution = min(errors, key=lambda found: found[0])
+        fit.explained[name] = 1 - error / float(whole)
+        fit.weights[name] = solution.t().float().cpu()
+        _put(module.weight, fit.weights[name])
+    return fit
+
+
+def _modules(layer: Any) -> dict[str, Any]:
+    """The linear maps to fit, by their names in `FITTED`."""
+    found = {}
+    for end in FITTED:
+        named = [module for name, module in layer.named_modules() if f".{name}".endswith(f".{end}")]
+        if len(named) == 1:
+            found[end] = named[0]
+    return found
+
+
+def _put(parameter: Any, weight: Tensor) -> None:
+    """Make a parameter this rank's part of a weight [out, in]."""
+    if getattr(parameter, "tensor_model_parallel", False):
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        weight = weight.chunk(size, parameter.partition_dim)[rank]
+    parameter.copy_(weight)
 
 
 def usable(texts: Sequence[list[int]], num_heads: int) -> list[list[int]]:
@@ -148,40 +233,25 @@ def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
 
 
-def _hidden_states(
-    model: MTPDModel, texts: Sequence[list[int]], vocab_size: int, batch_size: int, progress: Callable[[int], object]
-) -> Iterator[Tensor]:
-    """The main model's of each text, [s, h], after its final norm."""
-    longest = max(len(text) for text in texts)
-    decoder = Decoder(model, 0, batch_size, longest + 1, vocab_size)
-    for first in range(0, len(texts), batch_size):
-        batch = list(texts[first : first + batch_size])
-        found = decoder.hidden_states(batch)
-        for row, text in enumerate(batch):
-            yield found[: len(text), row].clone()
-        progress(sum(len(text) for text in batch))
+@contextmanager
+def _watching(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
+    """What each of the modules is given within the block."""
+    seen = [torch.empty(0) for _ in modules]
 
+    def keep(index: int) -> Any:
+        return lambda _, inputs: seen.__setitem__(index, inputs[0])
 
-def _inputs(model: MTPDModel, layer: Any, text: list[int], before: Tensor, head: int) -> Tensor:
-    """What `eh_proj` of a head, counted from 1, is given at all positions that have a target, [s - head, 2h]."""
-    ids = torch.tensor([text[head:]], device=before.device)
-    embedded = model.embedding(input_ids=ids, position_ids=torch.zeros_like(ids))[:, 0]
-    return torch.cat([layer.enorm(embedded), layer.hnorm(before[: len(text) - head])], -1)
+    hooks = [module.register_forward_pre_hook(keep(index)) for index, module in enumerate(modules)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _unweighted(hidden: Tensor, norm: Any) -> Tensor:
-    """Before the norm's weight and bias. A channel that the weight switches off has nothing to tell: zero."""
+    """fp32, before the norm's weight and bias. A channel that the weight switches off has nothing to tell: zero."""
     weight = norm.weight.float()
     hidden = hidden.float() - norm.bias.float() if getattr(norm, "bias", None) is not None else hidden.float()
     on = weight.abs() > 1e-3 * weight.abs().mean()
     return torch.where(on, hidden / torch.where(on, weight, 1.0), 0.0)
-
-
-def _put(layer: Any, weight: Tensor, final_norm: Any) -> None:
-    """Make a head of the model what was fitted."""
-    rows, rank = layer.eh_proj.weight.shape[0], parallel_state.get_tensor_model_parallel_rank()
-    layer.eh_proj.weight.copy_(weight[rank * rows : (rank + 1) * rows])
-    for name, parameter in layer.named_parameters():
-        if any(part in name for part in ZEROED):
-            parameter.zero_()
-    layer.final_layernorm.load_state_dict(final_norm.state_dict())

@@ -54,12 +54,19 @@ class State:
 
     def store_hidden(self, depth: int, window: Window, values: Tensor) -> None:
         """Keep [s, b, h] of a window, if a next depth needs it."""
-        if depth >= len(self.hidden):
-            return
+        if depth < len(self.hidden):
+            store = self._store(depth, values)
+            store[window.slots].index_put_((window.rows, window.positions), values.transpose(0, 1))
+
+    def store(self, depth: int, values: Tensor, slot: int) -> None:
+        """Keep [s, h] of the first positions of a slot."""
+        self._store(depth, values)[slot, : len(values)] = values
+
+    def _store(self, depth: int, like: Tensor) -> Tensor:
         store = self.hidden[depth]
         if store is None:
-            store = self.hidden[depth] = values.new_zeros(self.slots, self.capacity + 1, values.shape[-1])
-        store[window.slots].index_put_((window.rows, window.positions), values.transpose(0, 1))
+            store = self.hidden[depth] = like.new_zeros(self.slots, self.capacity + 1, like.shape[-1])
+        return store
 
     def stored(self, depth: int) -> Tensor:
         """All hidden states that a depth has handed on, [slots, capacity + 1, h]."""

@@ -20,7 +20,8 @@ def fit(tensor_parallel):
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     share = len(some) // replicas
     fits = fit_heads(model, some[replica * share : (replica + 1) * share], VOCABULARY)
-    return [f.weight for f in fits], [f.explained for f in fits], hidden_states(model, some[0])[2]
+    weights = [weight for f in fits for weight in f.weights.values()]
+    return weights, [share for f in fits for share in f.explained.values()], hidden_states(model, some[0])[2]
 
 
 @pytest.mark.parametrize(("ranks", "tensor_parallel"), [(2, 1), (2, 2), (4, 2)])

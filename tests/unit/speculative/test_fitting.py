@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mtpd.speculative.fit import Options
-from megatron_mtpd.speculative.fitting import HELD_OUT, RIDGES, fit_heads, held_out
+from megatron_mtpd.speculative.fitting import FITTED, HELD_OUT, RIDGES, _watching, fit_heads, held_out
 from megatron_mtpd.speculative.teacher_forced import measure
 from tests.unit.speculative.toys import VOCABULARY, hidden_states, prompts, toy_model
 
@@ -23,38 +23,43 @@ def fitted(model, some):
     return before, fits
 
 
-def normalised(x):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
-
-
-def rows(model, some, depth, head):
-    """Inputs and targets of a head, in fp64, where `depth` is what it takes from the depth before, by text."""
-    layer, found = model.mtp.layers[head - 1], []
-    for text, before in zip(some, depth, strict=True):
-        embedded = model.embedding.word_embeddings.weight[torch.tensor(text[head:])]
-        x = torch.cat([layer.enorm(embedded), layer.hnorm(before[: len(text) - head])], -1)
-        main = hidden_states(model, text)[0]
-        found.append((x.double(), (main[head:] / model.decoder.final_norm.weight).double()))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+def rows(model, some, head):
+    """Of all texts, in fp64: what the maps of a head are given, by their names, what it gives before its final norm,
+    and what it ought to give."""
+    layer = model.mtp.layers[head - 1]
+    modules = {name: module for end in FITTED for name, module in layer.named_modules() if name.endswith(end)}
+    watched, found = [*modules.values(), layer.final_layernorm], []
+    for text in some:
+        with _watching(watched) as seen:
+            main, *_ = hidden_states(model, text)
+        target = (main[head:] / model.decoder.final_norm.weight).double()
+        found.append(([x[: len(text) - head, 0].double() for x in seen], target))
+    columns = zip(*(inputs for inputs, _ in found), strict=True)
+    *inputs, given = [torch.cat(parts) for parts in columns]
+    return dict(zip(FITTED, inputs, strict=True)), given, torch.cat([target for _, target in found])
 
 
 @torch.no_grad()
-def test_the_maps_are_the_ridge_regressions_of_the_main_models_next_hidden_states():
+def test_the_maps_are_ridge_regressions_of_the_main_models_next_hidden_states_on_what_is_left():
+    """One after the other: a model with the maps up to one has the inputs of that, and what those before it leave."""
     model, some = toy_model(HEADS), texts()
     _, fits = fitted(model, some)
     kept = [text for number, text in enumerate(some) if number % HELD_OUT != HELD_OUT - 1]
     assert len(kept) + len(held_out(some)) == len(some)
     for head, fit in enumerate(fits, 1):
-        before = [hidden_states(model, text)[head - 1] for text in kept]  # head 2 takes what the fitted head 1 gives
-        x, t = rows(model, kept, before, head)
-        gram = x.t() @ x
-        gram += fit.ridge * gram.diagonal().mean() * torch.eye(len(gram))
-        expected = torch.linalg.solve(gram, x.t() @ t).t()
-        assert fit.ridge in RIDGES
-        torch.testing.assert_close(fit.weight.double(), expected, rtol=1e-3, atol=1e-3)
-        x, t = rows(model, held_out(some), [hidden_states(model, text)[head - 1] for text in held_out(some)], head)
-        left = (t - x @ fit.weight.double().t()).square().sum() / t.square().sum()
-        assert fit.explained == pytest.approx(1 - float(left), abs=1e-4)
+        assert list(fit.weights) == list(fit.ridge) == list(fit.explained) == list(FITTED)
+        for name in FITTED:
+            x, given, t = rows(model, kept, head)
+            before = sum((x[n] @ fit.weights[n].double().t() for n in FITTED[: FITTED.index(name)]), torch.zeros(()))
+            gram = x[name].t() @ x[name]
+            gram += fit.ridge[name] * gram.diagonal().mean() * torch.eye(len(gram))
+            expected = torch.linalg.solve(gram, x[name].t() @ (t - before)).t()
+            assert fit.ridge[name] in RIDGES
+            torch.testing.assert_close(fit.weights[name].double(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(given, before + x[name] @ fit.weights[name].double().t(), rtol=1e-4, atol=1e-4)
+        _, given, t = rows(model, held_out(some), head)
+        assert fit.explained[name] == pytest.approx(1 - float((t - given).square().sum() / t.square().sum()), abs=1e-4)
+    assert all(fit.explained[FITTED[0]] < fit.explained[FITTED[2]] for fit in fits), "the blocks must tell more"
 
 
 @torch.no_grad()
@@ -63,16 +68,26 @@ def test_the_models_heads_are_the_maps_and_its_trunk_is_what_it_was():
     before, fits = fitted(model, some)
     after = model.state_dict()
     changed = {name for name, value in before.items() if not value.equal(after[name])}
-    assert changed and all(name.startswith("mtp.layers.") for name in changed)
-    assert {name.split(".", 3)[3].split(".weight")[0].rpartition(".")[2] for name in changed} == {
-        *("eh_proj", "linear_proj", "linear_fc2", "final_layernorm")
-    }
-    text = some[0]
-    main, *heads = hidden_states(model, text)
-    for head, fit in enumerate(fits, 1):
-        x, _ = rows(model, [text], [[main, *heads][head - 1]], head)
-        expected = normalised(x.float() @ fit.weight.t()) * model.decoder.final_norm.weight
-        torch.testing.assert_close(heads[head - 1][: len(text) - head], expected, rtol=2e-4, atol=2e-4)
+    expected = {f"mtp.layers.{head}.final_layernorm.weight" for head in range(HEADS)}
+    for head, fit in enumerate(fits):
+        for end, weight in fit.weights.items():
+            (name,) = (name for name in before if name.startswith(f"mtp.layers.{head}.") and f"{end}.weight" in name)
+            assert after[name].equal(weight)
+            expected.add(name)
+    assert changed == expected
+    for head in range(HEADS):
+        assert after[f"mtp.layers.{head}.final_layernorm.weight"].equal(after["decoder.final_norm.weight"])
+
+
+@torch.no_grad()
+def test_experts_become_zero_and_the_rest_is_fitted():
+    options = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+    model = toy_model(HEADS, block="*E", moe_token_dispatcher_type="alltoall", **options)
+    _, fits = fitted(model, texts())
+    assert all(list(fit.weights) == list(FITTED[:2]) for fit in fits)
+    experts = [p for name, p in model.mtp.named_parameters() if "linear_fc2" in name]
+    assert experts and not any(p.any() for p in experts)
+    assert all(p.any() for name, p in model.decoder.named_parameters() if "linear_fc2" in name)
 
 
 @torch.no_grad()
@@ -85,7 +100,7 @@ def test_a_trunk_that_a_linear_map_can_tell_is_told():
     some = texts()
     assert measure(model, held_out(some)).report()["cumulative_acceptance_rate"][-1] < 0.5
     _, fits = fitted(model, some)
-    assert min(fit.explained for fit in fits) > 0.9999
+    assert min(fit.explained[FITTED[0]] for fit in fits) > 0.9999
     assert measure(model, held_out(some)).report()["cumulative_acceptance_rate"] == [1.0] * HEADS
 
 
