@@ -26,10 +26,12 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
     rows = [_row(stage, folder) for stage, folder in stages]
     folders = {stage.name: folder for stage, folder in stages}
     gains = {how: gain(folders["mtp"] / how, folders["mtpd"] / how, run) for how, run in COMPARED.items()}
-    speed = json.loads((out / "speed" / "acceptance.json").read_text())
+    speed, few_ids = (json.loads((out / name / "acceptance.json").read_text()) for name in ("speed", "speed-few-ids"))
     theirs = json.loads((out / "speed" / "transformers.json").read_text())
     generated = json.loads((out / "generated" / "summary.json").read_text())
     found = {"stages": rows, "gains": gains, "speed": speed["runs"], "transformers": theirs, "generated": generated}
+    found["decoding_dtype"] = speed["settings"]["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16")
+    found["few_ids"] = {"draft_vocab_size": few_ids["settings"]["draft_vocab_size"], "runs": few_ids["runs"][1:]}
     if (path := out / "vllm" / "compared.json").exists():
         found["vllm"] = json.loads(path.read_text())
     measured = json.loads((folders["mtpd"] / "answers" / "acceptance.json").read_text())["provenance"]
@@ -112,9 +114,10 @@ def _introduction(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[
         f"# {options['model'] or 'SmolLM2-135M-Instruct'} with four heads",
         "",
         f"`{_command(options)}`, measured {source['date']} at commit {(source['commit'] or 'unknown')[:10]}, "
-        f"{machine}, {options['dtype']}. One seed.",
+        f"{machine}. Trained in {options['dtype']}, decoded in {document['decoding_dtype']}. One seed.",
         "",
-        "Heads start fitted in closed form (`tools/fit_heads.py`), to text that training sees too.",
+        "Heads start as copies of the trunk's last layer, fitted in closed form (`tools/fit_heads.py`) to text that "
+        "training sees too.",
         "",
         f"Each variant's heads saw {tokens:,} tokens: half Python's standard library, half from the "
         f"{generated['tokens']:,} tokens of {generated['documents']} questions and answers that the model wrote. "
@@ -196,8 +199,11 @@ def _table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _speed(document: dict[str, Any]) -> list[str]:
-    speed, theirs = document["speed"], document["transformers"]
-    plain, best = speed[0]["tokens_per_second"], max(speed[1:], key=lambda run: run["tokens_per_second"])
+    speed, few_ids, theirs = document["speed"], document["few_ids"], document["transformers"]
+    plain = speed[0]["tokens_per_second"]
+    named = {"ours, plain": speed[0], **{f"ours, {_heads(run)}": run for run in speed[1:]}}
+    few = {f"ours, {_heads(run)}, drafts of {few_ids['draft_vocab_size']:,} ids": run for run in few_ids["runs"]}
+    ours, drafting = {**named, **few}, [*speed[1:], *few_ids["runs"]]
     lines = [
         "## Speed",
         "",
@@ -210,24 +216,28 @@ def _speed(document: dict[str, Any]) -> list[str]:
         f"| transformers, plain | {theirs['tokens_per_second']:.1f} | 1 | "
         f"{theirs['tokens_per_second'] / plain:.2f} | 1 |",
     ]
-    for run in speed:
-        name = "plain" if not run["num_heads"] else f"{run['num_heads']} head{'s' * (run['num_heads'] > 1)}"
+    for name, run in ours.items():
         rate = run["tokens_per_second"]
         lines.append(
-            f"| ours, {name} | {rate:.1f} | {rate / theirs['tokens_per_second']:.2f} | {rate / plain:.2f} | "
+            f"| {name} | {rate:.1f} | {rate / theirs['tokens_per_second']:.2f} | {rate / plain:.2f} | "
             f"{run['acceptance_length'] or 1:.2f} |"
         )
+    best = max(list(ours)[1:], key=lambda name: ours[name]["tokens_per_second"])
     rounding = " In bf16, passes over other numbers of tokens round otherwise, which decides near ties."
     return [
         *lines,
         "",
-        f"Fastest with heads: {best['num_heads']}, at {best['tokens_per_second'] / theirs['tokens_per_second']:.2f} "
-        f"times the speed of transformers' plain decoding. Our plain outputs equal to transformers': "
-        f"{theirs['outputs_equal_to_ours']}; with heads equal to ours without: "
-        f"{', '.join(run['outputs_equal_to_plain'] for run in speed[1:])}."
-        + (rounding if document["options"]["dtype"] == "bf16" else ""),
+        f"Fastest with heads: {best.removeprefix('ours, ')}, at "
+        f"{ours[best]['tokens_per_second'] / theirs['tokens_per_second']:.2f} times the speed of transformers' plain "
+        f"decoding. Our plain outputs equal to transformers': {theirs['outputs_equal_to_ours']}; with heads equal to "
+        f"ours without: {', '.join(run['outputs_equal_to_plain'] for run in drafting)}."
+        + (rounding if document["decoding_dtype"] == "bf16" else ""),
         "",
     ]
+
+
+def _heads(run: dict[str, Any]) -> str:
+    return f"{run['num_heads']} head{'s' * (run['num_heads'] > 1)}"
 
 
 def _vllm(found: dict[str, Any]) -> list[str]:

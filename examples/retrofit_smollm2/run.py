@@ -38,6 +38,8 @@ from megatron_mtpd.speculative.chat import user_turn
 
 HEADS, SEQ_LENGTH, LONGEST = 4, 256, 1024
 NEW_TOKENS = 64
+DRAFTED = 8192
+"""Ids that heads draft among where that is compared with drafting among all."""
 IMPORTED = "last-layer"
 """What heads start as before they are fitted."""
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
@@ -88,14 +90,14 @@ def main() -> None:
         epilog="example: python examples/retrofit_smollm2/run.py --steps 100 --questions 100",
     )
     add = parser.add_argument
-    add("--steps", type=int, default=100, help="of each variant's training [%(default)s]")
+    add("--steps", type=int, default=80, help="of each variant's training [%(default)s]")
     add("--further", action="store_true", help="also LK, and MTP-D from other starts")
     add("--new-steps", type=int, default=0, help="of training heads 5 to 8; 0: copies alone [%(default)s]")
     add("--dtype", choices=("fp32", "bf16"), help="of training [bf16 on a GPU and on a CPU with AMX, else fp32]")
     add("--batch", type=int, default=2, help=f"sequences of {SEQ_LENGTH} tokens a step [%(default)s]")
     add("--lr", type=float, default=3e-4, help="[%(default)s]")
     add("--questions", type=int, default=200, help="that the model asks itself, and answers [%(default)s]")
-    add("--answers", type=int, default=60, help="to prompts of each benchmark, measured at every token [%(default)s]")
+    add("--answers", type=int, default=40, help="to prompts of each benchmark, measured at every token [%(default)s]")
     add("--prompts", type=int, default=16, help="of each of the two benchmarks, decoded with heads [%(default)s]")
     add("--at-once", type=int, default=min(2, CORES), help="trainings at a time [%(default)s]")
     add("--seed", type=int, default=1234, help="[%(default)s]")
@@ -303,9 +305,11 @@ class Retrofit:
     def measure_speed(self, stage: str, exported: Path) -> None:
         """One sequence at a time with all cores: what one reader sees, ours and transformers'."""
         results = self.out / "speed"
-        few = packages.write_prompts(self.packages, self.turn, min(6, self.options.prompts))
-        if not done(results / "acceptance.json"):
-            self.benchmark(stage, results, few, range(1, HEADS + 1), "--batch-size", 1, "--ignore-eod")
+        few = packages.write_prompts(self.packages, self.turn, min(4, self.options.prompts))
+        ids = min(DRAFTED, HuggingFaceTokenizer(str(self.tokenizer())).vocab_size)
+        for folder, words in ((results, []), (self.out / "speed-few-ids", ["--draft-vocab-size", ids])):
+            if not done(folder / "acceptance.json"):
+                self.benchmark(stage, folder, few, (1, 2, HEADS), "--batch-size", 1, "--ignore-eod", *words)
         if not (results / "transformers.json").exists():
             words = ("--model", exported, "--results", results, "--new-tokens", NEW_TOKENS, "--prompts", *few)
             call([Path(__file__).with_name("transformers_speed.py"), *words], CORES)
