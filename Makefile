@@ -17,7 +17,7 @@ quickstart: env ## Train, distil and benchmark a small model here, about 5 minut
 	$(PYTHON_BIN) examples/quickstart/run.py
 
 test: env ## Run the tests, two at a time, then those on a Slurm cluster (ARGS="-k losses -x": only these, to pytest)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n 2 --dist loadfile -m "not slurm and not serving" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not serving" $(ARGS)
 	$(if $(ARGS),,$(PYTHON_BIN) -m pytest tests/slurm -m slurm)
 
 test-slurm: env ## Run only the tests on a Slurm cluster, which they start here (root; packages: slurm/README.md)

@@ -1,5 +1,6 @@
-"""Give the heads of a checkpoint a start in closed form: the linear map that predicts the main model's next hidden
-states best on some text. For heads that are new to a trained model; minutes, and no training.
+"""Give the heads of a checkpoint a start in closed form: their last projections become the linear maps that predict
+most of the main model's next hidden states on some text. For heads that are new to a trained model; minutes, and no
+training. Heads that are copies of the trunk's last layer have more to tell than random ones.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def main() -> None:
     add("--ckpt-step", type=int, metavar="N", help="iteration to load [the last]")
     add("--save", type=Path, required=True, metavar="DIR", help="gets the checkpoint; the trunk's files are linked")
     add("--data-path", nargs="+", required=True, metavar="[WEIGHT] PREFIX", help="as in training")
-    add("--tokens", type=int, metavar="N", help="of text [32 for each input of the map: 64 x hidden size]")
+    add("--tokens", type=int, metavar="N", help="of text [64 x hidden size]")
     add("--seq-length", type=int, default=256, help="the most of a document at once [%(default)s]")
     add("--batch-size", type=int, default=8, help="sequences at once, on each replica [%(default)s]")
     add("--tensor-model-parallel-size", dest="tensor_parallel", type=int, default=1, metavar="N", help="[%(default)s]")

@@ -1,17 +1,17 @@
 """Retrofit: a real model that has no multi-token prediction heads gets four, and serves with them.
 
-SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four heads. Its trunk stays frozen, so that
-it says what it said before, whatever the heads are worth. The heads are fitted, in closed form, to Python's standard
-library and to questions and answers that the model writes itself, and trained on both as plain MTP and as MTP-D, and
-measured on prompts that nothing was trained on: at every token of what the model answers greedily, and by decoding,
-greedily and sampled. MTP-D's are exported for transformers and vLLM with the measured acceptance in the model card,
-timed against transformers' plain decoding, and copied to 8 and 16. `--further` adds the LK objective, and MTP-D from
-random heads and from copies of the trunk's last layer, `--new-steps` a training of heads 5 to 8. RESULTS.md says what
-came of it.
+SmolLM2-135M-Instruct (from a package, see `packages.py`) is imported with four heads, copies of its last layer. Its
+trunk stays frozen, so that it says what it said before, whatever the heads are worth. The heads are fitted, in closed
+form, to Python's standard library and to questions and answers that the model writes itself, and trained on both as
+plain MTP and as MTP-D, and measured on prompts that nothing was trained on: at every token of what the model answers
+greedily, and by decoding, greedily and sampled. MTP-D's are exported for transformers and vLLM with the measured
+acceptance in the model card, timed against transformers' plain decoding, also with drafts of few ids, and copied to 8
+and 16. `--further` adds the LK objective, and MTP-D from random heads and from the copies without a fit, `--new-steps`
+a training of heads 5 to 8. RESULTS.md says what came of it, and how long it took.
 
-The run of RESULTS.md took an hour on two cores beside other work, with the defaults. What is done is not done
-again, so that it can be stopped at any time. On a GPU give it more: --further --steps 5000 --batch 32 --questions 20000
---prompts 150 --new-steps 1000.
+A CPU trains in bf16 if it is fast in it, and is measured in fp32, so that every decoder can be compared token by token.
+What is done is not done again, so that it can be stopped at any time. On a GPU give it more: --further --steps 5000
+--batch 32 --questions 20000 --prompts 150 --new-steps 1000.
 """
 
 from __future__ import annotations

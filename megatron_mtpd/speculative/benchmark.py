@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_mtpd.checkpoint.iterations import list_checkpoints
 from megatron_mtpd.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mtpd.speculative import loading, report, summary
+from megatron_mtpd.speculative.decoder import check_drafting
 from megatron_mtpd.speculative.prompts import Prompt, read_prompts
 from megatron_mtpd.speculative.results import Results, Run
 from megatron_mtpd.speculative.worker import TEACHER_FORCED, NumberTokenizer, Options, Worker, max_prompt_tokens
@@ -70,6 +71,7 @@ def _run_one(options: Options, everyone: Any) -> tuple[dict[str, Any] | None, bo
     prompts = _chosen(read_prompts(options.prompts), options)
     loaded = loading.load(options.load, options.ckpt_step, options.dtype)
     tokenizer = _tokenizer(loaded.args, options)
+    check_drafting(options.min_confidence, options.draft_vocab_size, tokenizer.vocab_size)
     runs = _runs(options, loaded.num_heads)
     settings = _settings(options, loaded, prompts)
     rank = dist.get_rank()

@@ -63,6 +63,16 @@ class Step(NamedTuple):
     num_drafted: list[int]
 
 
+def check_drafting(min_confidence: float, draft_vocab_size: int | None, vocab_size: int) -> None:
+    """Raises ValueError for options of a `Decoder` that cannot work, whatever the model."""
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"--min-confidence is {min_confidence}: give a probability between 0 and 1.")
+    if draft_vocab_size is not None and not 1 <= draft_vocab_size <= vocab_size:
+        raise ValueError(
+            f"--draft-vocab-size {draft_vocab_size}: the vocabulary has {vocab_size} ids; give 1 to {vocab_size}."
+        )
+
+
 class Decoder:
     """Runs the main model and the first `num_heads` heads over the active slots of a `State`.
 
@@ -72,13 +82,14 @@ class Decoder:
         slots, capacity: sequences at once, and the most tokens of each, with room for a step's drafts behind.
         vocab_size: ids from here on are padding of the embedding and never chosen.
         sampling: how tokens are chosen.
-        min_confidence: a row stops drafting when a head gives its draft a probability (at temperature 1) below this;
-            that draft is dropped. 0: always draft with all heads.
+        min_confidence: a row stops drafting when a head gives its draft a probability (at temperature 1, among the ids
+            that it drafts) below this; that draft is dropped. 0: always draft with all heads.
         mask_position_0: zero the token's embedding in the heads at position 0, as vLLM's DeepSeek heads do; training
             does not.
         draft_vocab_size: heads draft among the ids below this alone, so that their output layer costs as much less;
             None: all. A byte-pair vocabulary is in the order of its merges, so these are its most frequent tokens
-            (FR-Spec, arXiv 2502.14856, ranks them by count). The output does not change, the acceptance does.
+            (FR-Spec, arXiv 2502.14856, ranks them by count). The output does not change, the acceptance does. With
+            tensor parallelism the first ranks hold these ids: from V / tp ids on nothing is saved.
 
     Raises ValueError for a model or options that cannot work.
     """
@@ -100,12 +111,7 @@ class Decoder:
             raise ValueError(
                 f"--num-heads {num_heads}: the model has {available} heads; give 0 (plain) to {available}."
             )
-        if not 0 <= min_confidence <= 1:
-            raise ValueError(f"--min-confidence is {min_confidence}: give a probability between 0 and 1.")
-        if draft_vocab_size is not None and not 1 <= draft_vocab_size <= vocab_size:
-            raise ValueError(
-                f"--draft-vocab-size {draft_vocab_size}: the vocabulary has {vocab_size} ids; give 1 to {vocab_size}."
-            )
+        check_drafting(min_confidence, draft_vocab_size, vocab_size)
         if model.training:
             raise ValueError("The model is in training mode: call model.eval() before decoding.")
         self.model, self.num_heads, self.vocab_size = model, num_heads, vocab_size

@@ -67,8 +67,11 @@ def run(options: Options) -> dict[str, Any] | None:
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     tokens = options.tokens or 64 * model.config.hidden_size
     texts = usable(draw(blend, -(-tokens // replicas), length, (options.seed, replica)), loaded.num_heads)
-    with Progress("fit" if dist.get_rank() == 0 else None, sum(map(len, texts)), unit="token") as progress:
-        fits = fit_heads(model, texts, args.vocab_size or args.padded_vocab_size, options.batch_size, progress)
+
+    def progress(part: str, total: int) -> Progress:
+        return Progress(part if dist.get_rank() == 0 else None, total, unit="token")
+
+    fits = fit_heads(model, texts, args.vocab_size or args.padded_vocab_size, options.batch_size, progress)
     measured = held_out(texts)[: max(1, MEASURED // length)]
     report = measure(model, measured, options.batch_size).report()
     if dist.get_rank():

@@ -27,7 +27,7 @@ Deliberately absent: experts, whose last projections become zero, and learn from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +91,10 @@ class _Sums:
 
     def solved(self, ridge: float) -> Tensor:
         """[in, out]. Raises ValueError where the text does not determine it."""
-        scale = self.inputs.diagonal().mean()
+        matrix = self.inputs.clone()
+        matrix.diagonal().add_(ridge * self.inputs.diagonal().mean())
         try:
-            factor = torch.linalg.cholesky(self.inputs + ridge * scale * torch.eye(len(self.inputs)).to(self.inputs))
+            factor = torch.linalg.cholesky(matrix)
         except torch.linalg.LinAlgError as error:
             raise ValueError("The hidden states of this text do not determine a map: give more text.") from error
         return torch.cholesky_solve(self.both, factor)
@@ -109,11 +110,13 @@ def fit_heads(
     texts: Sequence[list[int]],
     vocab_size: int,
     batch_size: int = 8,
-    progress: Callable[[int], object] = lambda tokens: None,
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]] = lambda *_: nullcontext(int),
 ) -> list[Fit]:
     """Fit all heads of a model to texts, token ids, and give it the result. The model is one that decodes.
 
     Every data-parallel rank brings its own texts, and all get the same heads. Every `HELD_OUT`-th text is held out.
+    `progress` is given the name of a part of the work and how many tokens it will pass over, and gives what is called
+    with each number of tokens done.
     Raises ValueError without enough text.
     """
     num_heads = model.config.mtp_num_layers or 0
@@ -122,21 +125,22 @@ def fit_heads(
         raise ValueError(
             f"{len(texts)} texts of more than {num_heads + 1} tokens: give at least {HELD_OUT} on each replica."
         )
-    longest = max(len(text) for text in texts)
-    decoder = Decoder(model, num_heads, batch_size, longest + num_heads + 1, vocab_size)
+    decoder = Decoder(model, num_heads, batch_size, max(map(len, texts)), vocab_size)
     main: list[Tensor] = []
-    for first in range(0, len(texts), batch_size):
-        batch = texts[first : first + batch_size]
-        found = decoder.hidden_states(batch)
-        main += [found[: len(text), row].clone() for row, text in enumerate(batch)]
-        progress(sum(len(text) for text in batch))
-    targets = [_unweighted(hidden, model.decoder.final_norm) for hidden in main]
+    with progress("main model", sum(map(len, texts))) as advance:
+        for first in range(0, len(texts), batch_size):
+            batch = texts[first : first + batch_size]
+            found = decoder.hidden_states(batch)
+            main += [found[: len(text), row].clone() for row, text in enumerate(batch)]
+            advance(sum(map(len, batch)))
+    passes = sum(len(_modules(layer)) + 1 for layer in model.mtp.layers) - 1
     before, fits = main, []
-    for head in range(1, num_heads + 1):
-        text = _Text(decoder, head, texts, before, targets)
-        fits.append(_fit_head(model.mtp.layers[head - 1], text, model.decoder.final_norm))
-        if head < num_heads:
-            before = [states for _, states in text.passes()]
+    with progress("heads", passes * sum(map(len, texts))) as advance:
+        for head in range(1, num_heads + 1):
+            text = _Text(decoder, head, texts, before, main, advance)
+            fits.append(_fit_head(model.mtp.layers[head - 1], text, model.decoder.final_norm))
+            if head < num_heads:
+                before = [states for _, states in text.passes()]
     return fits
 
 
@@ -149,8 +153,9 @@ class _Text:
     texts: Sequence[list[int]]
     before: Sequence[Tensor]
     """[s, h] of each text."""
-    targets: Sequence[Tensor]
-    """fp32 [s, h] of each text."""
+    main: Sequence[Tensor]
+    """The same of the main model."""
+    advance: Callable[[int], object]
 
     def passes(self, *watched: torch.nn.Module) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Of each text, at the positions that have a target: what the modules are given, and what the head gives,
@@ -161,16 +166,20 @@ class _Text:
             with _watching(watched) as seen:
                 states = self.decoder.head_states(self.head, self.texts[first:last], self.before[first:last])
             for row in range(last - first):
+                self.advance(len(self.texts[first + row]))
                 length = len(self.texts[first + row]) - self.head
                 yield [x[:length, row] for x in seen], states[:length, row].clone()
 
-    def rows(self, module: Any, final_norm: torch.nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each text: inputs of a module of the head, what is left of the targets, and the targets."""
-        for number, ((x, y), _) in enumerate(self.passes(module, final_norm)):
+    def target(self, number: int) -> Tensor:
+        """What the head ought to give before its final norm, fp32 [s - head, h]."""
+        return _unweighted(self.main[number][self.head :], self.decoder.model.decoder.final_norm)
+
+    def rows(self, module: Any, final_layernorm: torch.nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each text: the inputs of a module of the head, and what is left of the targets."""
+        for number, ((x, y), _) in enumerate(self.passes(module, final_layernorm)):
             if isinstance(module, RowParallelLinear) and module.tp_group is not None and module.tp_group.size() > 1:
                 x = gather_from_tensor_model_parallel_region(x, group=module.tp_group)
-            target = self.targets[number][self.head :]
-            yield x, target - y.float(), target
+            yield x, self.target(number) - y.float()
 
 
 def _fit_head(layer: Any, text: _Text, final_norm: Any) -> Fit:
@@ -180,16 +189,16 @@ def _fit_head(layer: Any, text: _Text, final_norm: Any) -> Fit:
         if name == "eh_proj.weight" or any(part in name for part in ZEROED):
             parameter.zero_()
     layer.final_layernorm.load_state_dict(final_norm.state_dict())
+    targets = (text.target(number) for number in range(len(text.texts)) if _is_held_out(number))
+    whole = torch.stack([target.double().square().sum() for target in targets]).sum()
+    dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
     for name, module in modules.items():
-        sums, whole = None, torch.zeros(1, dtype=torch.float64)
-        for number, (x, left, target) in enumerate(text.rows(module, layer.final_layernorm)):
-            sums = sums or [_Sums.of(x.shape[-1], target.shape[-1], x.device) for _ in range(2)]
+        sums: list[_Sums] = []
+        for number, (x, left) in enumerate(text.rows(module, layer.final_layernorm)):
+            sums = sums or [_Sums.of(x.shape[-1], left.shape[-1], x.device) for _ in range(2)]
             sums[_is_held_out(number)].add(x, left)
-            whole = whole.to(x.device) + (target.square().sum() if _is_held_out(number) else 0.0)
-        assert sums is not None, "there is text"
         for part in sums:
             part.reduce()
-        dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
         errors = [(sums[1].error(solution := sums[0].solved(ridge)), ridge, solution) for ridge in RIDGES]
         error, fit.ridge[name], solution = min(errors, key=lambda found: found[0])
         fit.explained[name] = 1 - error / float(whole)

@@ -201,6 +201,8 @@ def page(summary: dict[str, Any], text: str, picture: bytes) -> str:
     details = html.escape(json.dumps(summary, indent=1))
     source, settings = summary["provenance"], summary["settings"]
     facts = [f"{name.replace('_', ' ')} {settings[name]}" for name in SHOWN_SETTINGS]
+    if settings.get("draft_vocab_size"):
+        facts.append(f"drafts of the first {settings['draft_vocab_size']:,} ids")
     facts += [f"{summary['num_prompts']} prompts", f"{source['date']}, commit {source['commit']}", source["command"]]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Acceptance</title>'

@@ -11,7 +11,7 @@ from megatron_mtpd.speculative.results import read_lines
 from megatron_mtpd.speculative.sampling import Sampling
 from tests.distributed.checkpoints import HEADS, ITERATION, save_checkpoint
 from tests.distributed.gloo import run
-from tests.unit.speculative.toys import plain, prompts, speculative
+from tests.unit.speculative.toys import VOCABULARY, plain, prompts, speculative
 
 pytestmark = pytest.mark.distributed
 
@@ -69,12 +69,12 @@ def measure(chosen, fails_on=None):
         return f"exit {end.code}"
 
 
-def reference(directory):
+def reference(directory, among=VOCABULARY):
     """Counts of each text by whole passes, without caches or batches."""
     loading.start_distributed()
     model = loading.load(Path(directory)).model
     model.output_layer.weight.data[95:] = 0  # padding of the vocabulary: never the largest in the toy
-    result = [speculative(model, text, SIZE, HEADS) for text in TEXTS]
+    result = [speculative(model, text, SIZE, HEADS, among) for text in TEXTS]
     assert [tokens for tokens, _ in result] == [plain(model, text, SIZE) for text in TEXTS]
     return result
 
@@ -87,11 +87,12 @@ def counts(summary, name=None):
 
 @pytest.fixture(scope="module")
 def truth(folder):
-    (result,) = run(reference, 1, str(folder / "checkpoint"))
-    total = Acceptance.of_heads(HEADS)
-    for _, one in result:
-        total += one
-    return total
+    return total(folder)
+
+
+def total(folder, *among):
+    (result,) = run(reference, 1, str(folder / "checkpoint"), *among)
+    return sum((counts for _, counts in result), Acceptance.of_heads(HEADS))
 
 
 @pytest.mark.parametrize(("ranks", "tensor_parallel"), [(1, 1), (4, 1), (4, 2)])
@@ -104,6 +105,14 @@ def test_counts_are_those_of_the_reference_on_any_layout(folder, truth, tmp_path
     assert sum(drafts for drafts, _ in by_name) == truth.num_drafts
     assert [row["num_heads"] for row in summary["runs"]] == [0, 1, HEADS]
     assert all(row.get("outputs_equal_to_plain", "12 of 12") == "12 of 12" for row in summary["runs"])
+
+
+def test_heads_draft_among_as_few_ids_as_asked(folder, truth, tmp_path):
+    few = total(folder, 40)
+    (summary,) = run(measure, 1, options(folder, tmp_path, draft_vocab_size=40))
+    assert counts(summary) == (few.num_drafts, few.num_accepted_tokens_per_pos)
+    assert few.num_accepted_tokens < truth.num_accepted_tokens
+    assert "drafts of the first 40 ids" in (tmp_path / "acceptance.html").read_text()
 
 
 def test_answers_of_the_model_are_measured_at_every_token(folder, truth, tmp_path):
@@ -219,6 +228,10 @@ def test_results_of_other_settings_are_not_mixed(folder, tmp_path):
 def test_a_refused_command_writes_nothing(folder, tmp_path):
     (message,) = run(refused, 1, options(folder, tmp_path / "new", max_new_tokens=64))
     assert "--max-new-tokens 64 leaves no room" in message
+    (message,) = run(refused, 1, options(folder, tmp_path / "new", draft_vocab_size=97))
+    assert "--draft-vocab-size 97: the vocabulary has" in message
+    (message,) = run(refused, 1, options(folder, tmp_path / "new", min_confidence=2.0))
+    assert "--min-confidence is 2.0" in message
     assert not (tmp_path / "new").exists()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -107,21 +108,8 @@ def test_a_model_gets_heads_and_leaves_with_them(
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     chat_tokenizer(model)
     write_packages(out / "packages")
-    options: list[Any] = [
-        "--steps",
-        2,
-        "--questions",
-        50,
-        "--answers",
-        3,
-        "--prompts",
-        2,
-        "--vllm",
-        "nowhere",
-        "--dtype",
-        "fp32",
-    ]
-    options += ["--model", model, "--output", out]
+    options: list[Any] = ["--steps", 2, "--questions", 50, "--answers", 3, "--prompts", 2, "--dtype", "bf16"]
+    options += ["--model", model, "--output", out, "--vllm", "nowhere"]
     assert retrofit(*options) > 10
     printed, page = capsys.readouterr().out, (out / "RESULTS.md").read_text()
     assert page in printed and "Not run in vLLM" in printed and "vllm serve" in printed
@@ -141,7 +129,11 @@ def test_a_model_gets_heads_and_leaves_with_them(
     assert answers[0]["main_loss_tokens"] <= 6 * 128, "of the answers alone"
 
     before, after = load_file(model / "model.safetensors"), load_file(out / "exported/transformers/model.safetensors")
-    assert all(before[name].equal(after[name]) for name in before), "the model itself is what it was"
+    assert found["decoding_dtype"] == "fp32" and {value.dtype for value in after.values()} == {torch.float32}
+    for name, value in before.items():
+        assert value.bfloat16().float().equal(after[name]), (
+            "the model itself is what it was, in the dtype of the import"
+        )
     assert AutoConfig.from_pretrained(out / "exported/transformers").num_mtp_layers == 4
     assert "acceptance length" in (out / "exported/deepseek-v3/README.md").read_text()
     assert retrofit(*options) == 0, "all was done"

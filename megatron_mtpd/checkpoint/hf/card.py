@@ -149,6 +149,8 @@ def _measured(acceptance: dict[str, Any] | None, shape: Shape) -> str:
             if run["num_drafts"]
         ]
         decoding = "greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']}"
+        if settings.get("draft_vocab_size"):
+            decoding += f", drafts of the first {settings['draft_vocab_size']:,} ids alone"
         where = [
             f"{acceptance['num_prompts']} prompts, {decoding}, up to {settings['max_new_tokens']} new tokens, "
             f"weights in {settings['dtype']}; {_source(source)}."

@@ -91,6 +91,15 @@ def test_experts_become_zero_and_the_rest_is_fitted():
 
 
 @torch.no_grad()
+def test_blocks_that_a_head_has_more_than_once_become_zero():
+    model = toy_model(2, block="*-*-")
+    _, fits = fitted(model, texts())
+    assert all(list(fit.weights) == [FITTED[0]] for fit in fits)
+    last = [p for name, p in model.mtp.named_parameters() if "linear_fc2" in name or "linear_proj" in name]
+    assert len(last) == 2 * 4 and not any(p.any() for p in last)
+
+
+@torch.no_grad()
 def test_a_trunk_that_a_linear_map_can_tell_is_told():
     """A model without layers says what its last token alone makes it say, and the heads are given that token."""
     model = toy_model(HEADS)

@@ -104,7 +104,7 @@ def test_the_model_card_says_how_to_run_it_and_what_was_measured(checkpoint: Pat
         "runs": [{"num_heads": 0, "num_drafts": 0}, run | {"cumulative_acceptance_rate": [0.6, 0.3]}],
         "num_prompts": 7,
         "teacher_forced": {"main_loss": 2.5},
-        "settings": {"temperature": 0.0, "max_new_tokens": 32, "dtype": "float32"},
+        "settings": {"temperature": 0.0, "max_new_tokens": 32, "dtype": "float32", "draft_vocab_size": 8192},
         "provenance": {"date": "2026-01-02", "commit": "0123456789abcdef", "hardware": {"cpu": "a CPU"}},
     }
     (tmp_path / "acceptance.json").write_text(json.dumps(measured))
@@ -113,6 +113,7 @@ def test_the_model_card_says_how_to_run_it_and_what_was_measured(checkpoint: Pat
     assert "VLLM_MLA_DISABLE=1 VLLM_USE_V2_MODEL_RUNNER=1 vllm serve out" in card
     assert '"num_speculative_tokens": 2' in card
     assert "| 2 | 1.900 | 60.0 50.0 | 60.0 30.0 | 50 |" in card
+    assert "greedy, drafts of the first 8,192 ids alone" in card
     assert "2.5000 nats" in card and "2026-01-02, commit 0123456789, a CPU" in card
 
     (tmp_path / "acceptance.json").write_text("{}")
