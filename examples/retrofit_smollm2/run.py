@@ -90,7 +90,7 @@ def main() -> None:
         epilog="example: python examples/retrofit_smollm2/run.py --steps 100 --questions 100",
     )
     add = parser.add_argument
-    add("--steps", type=int, default=80, help="of each variant's training [%(default)s]")
+    add("--steps", type=int, default=60, help="of each variant's training [%(default)s]")
     add("--further", action="store_true", help="also LK, and MTP-D from other starts")
     add("--new-steps", type=int, default=0, help="of training heads 5 to 8; 0: copies alone [%(default)s]")
     add("--dtype", choices=("fp32", "bf16"), help="of training [bf16 on a GPU and on a CPU with AMX, else fp32]")
@@ -305,7 +305,7 @@ class Retrofit:
     def measure_speed(self, stage: str, exported: Path) -> None:
         """One sequence at a time with all cores: what one reader sees, ours and transformers'."""
         results = self.out / "speed"
-        few = packages.write_prompts(self.packages, self.turn, min(4, self.options.prompts))
+        few = packages.write_prompts(self.packages, self.turn, min(3, self.options.prompts))
         ids = min(DRAFTED, HuggingFaceTokenizer(str(self.tokenizer())).vocab_size)
         for folder, words in ((results, []), (self.out / "speed-few-ids", ["--draft-vocab-size", ids])):
             if not done(folder / "acceptance.json"):

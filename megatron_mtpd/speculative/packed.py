@@ -1,7 +1,8 @@
 """Matrix products on a CPU with weights in oneDNN's own order.
 
-Decoding multiplies a few rows by every weight. torch's `linear` on a CPU is far from what the memory allows there, and
-two rows cost it about twice one; with the weight reordered once, a few rows cost about half of that
+Decoding multiplies a few rows by every weight. torch's `linear` on a CPU, which is MKL's product, is far from what the
+memory allows there on AMD's processors, where two rows cost it about twice one; with the weight reordered once, a few
+rows cost about half of that. On Intel's it is ahead for up to three rows, and behind from four on
 (`tools/benchmark_decoding.py` measures decoding beside transformers, which uses `linear`). torch's compiler reorders
 weights in the same way when it freezes a model.
 
@@ -15,6 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+
+LEAST_ROWS = 4 if "Intel" in torch.cpu.get_capabilities().get("cpu_name", "") else 1
+"""Products of fewer rows take `linear`."""
 
 
 class PackedWeight:
@@ -44,7 +49,8 @@ class PackedWeight:
 
 def _can_pack(x: Tensor, weight: Tensor) -> bool:
     return (
-        weight.dtype == torch.float32 == x.dtype
+        x.numel() >= LEAST_ROWS * x.shape[-1]
+        and weight.dtype == torch.float32 == x.dtype
         and weight.device.type == "cpu"
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()

@@ -11,6 +11,11 @@ from megatron_mtpd.speculative.packed import PackedWeight
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
 
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch):
+    monkeypatch.setattr("megatron_mtpd.speculative.packed.LEAST_ROWS", 1)
+
+
 @pytest.fixture
 def weight():
     return torch.nn.Parameter(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)))
@@ -32,6 +37,16 @@ def test_packed_products_are_those_of_linear(weight, shape, with_bias):
     with torch.inference_mode():
         torch.testing.assert_close(packed.linear(x, weight, bias), linear(x, weight, bias), rtol=1e-5, atol=1e-5)
     assert is_packed(packed)
+
+
+@needs_onednn
+def test_few_rows_take_linear_where_that_is_faster(weight, monkeypatch):
+    monkeypatch.setattr("megatron_mtpd.speculative.packed.LEAST_ROWS", 4)
+    with torch.inference_mode():
+        few, many = PackedWeight(), PackedWeight()
+        few.linear(values(3, 1, 64), weight)
+        many.linear(values(2, 2, 64), weight)
+    assert few._packed is None and is_packed(many)
 
 
 @needs_onednn
