@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-
 LEAST_ROWS = 4 if "Intel" in torch.cpu.get_capabilities().get("cpu_name", "") else 1
 """Products of fewer rows take `linear`."""
 
