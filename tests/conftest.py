@@ -1,4 +1,4 @@
-"""The files that take longest come first, so that two workers end together: `--no-loadscope-reorder` keeps it."""
+"""The files that take longest come first, so that two workers end together. Needs `--no-loadscope-reorder`."""
 
 from __future__ import annotations
 

@@ -198,8 +198,7 @@ class Decoder:
 
     def _output_weight(self) -> tuple[Tensor, int]:
         """[V / tp, h], and the id of its first row."""
-        shared = self.model.share_embeddings_and_output_weights
-        weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
+        weight = self.model._output_weight()
         return weight, vocab_offset(weight.t(), self.tp_group)
 
     def _masked(self, logits: Tensor, size: int) -> Tensor:

@@ -140,7 +140,7 @@ def fit_heads(
             text = _Text(decoder, head, texts, before, main, advance)
             fits.append(_fit_head(model.mtp.layers[head - 1], text, model.decoder.final_norm))
             if head < num_heads:
-                before = [states for _, states in text.passes()]
+                before = [states.clone() for _, states in text.passes()]
     return fits
 
 
@@ -168,18 +168,15 @@ class _Text:
             for row in range(last - first):
                 self.advance(len(self.texts[first + row]))
                 length = len(self.texts[first + row]) - self.head
-                yield [x[:length, row] for x in seen], states[:length, row].clone()
-
-    def target(self, number: int) -> Tensor:
-        """What the head ought to give before its final norm, fp32 [s - head, h]."""
-        return _unweighted(self.main[number][self.head :], self.decoder.model.decoder.final_norm)
+                yield [x[:length, row] for x in seen], states[:length, row]
 
     def rows(self, module: Any, final_layernorm: torch.nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each text: the inputs of a module of the head, and what is left of the targets."""
         for number, ((x, y), _) in enumerate(self.passes(module, final_layernorm)):
             if isinstance(module, RowParallelLinear) and module.tp_group is not None and module.tp_group.size() > 1:
                 x = gather_from_tensor_model_parallel_region(x, group=module.tp_group)
-            yield x, self.target(number) - y.float()
+            target = _unweighted(self.main[number][self.head :], self.decoder.model.decoder.final_norm)
+            yield x, target - y.float()
 
 
 def _fit_head(layer: Any, text: _Text, final_norm: Any) -> Fit:
@@ -189,9 +186,7 @@ def _fit_head(layer: Any, text: _Text, final_norm: Any) -> Fit:
         if name == "eh_proj.weight" or any(part in name for part in ZEROED):
             parameter.zero_()
     layer.final_layernorm.load_state_dict(final_norm.state_dict())
-    targets = (text.target(number) for number in range(len(text.texts)) if _is_held_out(number))
-    whole = torch.stack([target.double().square().sum() for target in targets]).sum()
-    dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
+    whole = 0.0
     for name, module in modules.items():
         sums: list[_Sums] = []
         for number, (x, left) in enumerate(text.rows(module, layer.final_layernorm)):
@@ -201,7 +196,8 @@ def _fit_head(layer: Any, text: _Text, final_norm: Any) -> Fit:
             part.reduce()
         errors = [(sums[1].error(solution := sums[0].solved(ridge)), ridge, solution) for ridge in RIDGES]
         error, fit.ridge[name], solution = min(errors, key=lambda found: found[0])
-        fit.explained[name] = 1 - error / float(whole)
+        whole = whole or float(sums[1].targets)  # before the first map all of the targets is left
+        fit.explained[name] = 1 - error / whole
         fit.weights[name] = solution.t().float().cpu()
         _put(module.weight, fit.weights[name])
     return fit
@@ -220,11 +216,8 @@ def _modules(layer: Any) -> dict[str, Any]:
 def _put(parameter: Any, weight: Tensor) -> None:
     """Make a parameter this rank's part of a weight [out, in]."""
     if getattr(parameter, "tensor_model_parallel", False):
-        rank, size = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
-        weight = weight.chunk(size, parameter.partition_dim)[rank]
+        group = parallel_state.get_tensor_model_parallel_group()
+        weight = weight.chunk(group.size(), parameter.partition_dim)[group.rank()]
     parameter.copy_(weight)
 
 

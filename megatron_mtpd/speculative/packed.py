@@ -2,7 +2,7 @@
 
 Decoding multiplies a few rows by every weight. torch's `linear` on a CPU, which is MKL's product, is far from what the
 memory allows there on AMD's processors, where two rows cost it about twice one; with the weight reordered once, a few
-rows cost about half of that. On Intel's it is ahead for up to three rows, and behind from four on
+rows cost about half of that. On Intel's (a Xeon with AMX) it is ahead for up to three rows, and behind at five
 (`tools/benchmark_decoding.py` measures decoding beside transformers, which uses `linear`). torch's compiler reorders
 weights in the same way when it freezes a model.
 
