@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,8 @@ from torch.nn.functional import embedding, pad
 from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, vocab_max, vocab_offset
 from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative import layers
-from megatron_mtpd.speculative.attention import CachedAttention, Window
-from megatron_mtpd.speculative.packed import PackedWeight
+from megatron_mtpd.speculative.attention import Window
+from megatron_mtpd.speculative.packed import PackedWeight, packed
 from megatron_mtpd.speculative.sampling import Sampling, draw, verify
 from megatron_mtpd.speculative.state import State
 
@@ -77,7 +77,8 @@ class Decoder:
     """Runs the main model and the first `num_heads` heads over the active slots of a `State`.
 
     Args:
-        model: built with `attention.cached_spec`, in evaluation mode, the whole model on this tensor-parallel group.
+        model: of local modules (`specs.local_spec`), in evaluation mode, the whole model on this tensor-parallel group.
+            Its parameters are read where they are: change them in place, or make another decoder.
         num_heads: heads to draft with; 0 is plain decoding.
         slots, capacity: sequences at once, and the most tokens of each, with room for a step's drafts behind.
         vocab_size: ids from here on are padding of the embedding and never chosen.
@@ -122,14 +123,12 @@ class Decoder:
         self.tp_group = tp_group if model.parallel_output and tp_group.size() > 1 else None
         self.device = next(model.parameters()).device
         repeated = model.config.mtp_use_repeated_layer
-        heads = [model.mtp.layers[0 if repeated else k] for k in range(num_heads)]
-        self._depths = [model.decoder, *heads]
-        self._attentions = [[m for m in d.modules() if isinstance(m, CachedAttention)] for d in self._depths]
-        if not self._attentions[0]:
-            raise ValueError("The model has no attention with a cache: build it with speculative.loading.")
-        self.state = State(slots, capacity, [len(a) for a in self._attentions], self.device)
+        heads = [layers.Head(model.mtp.layers[0 if repeated else k]) for k in range(num_heads)]
+        self.depths: list[layers.Stack] = [layers.MainModel(model.decoder), *heads]
+        """The main model, and each head."""
+        self.state = State(slots, capacity, [depth.num_caches for depth in self.depths], self.device)
         self._rotary = self._rotary_table(capacity + 1)
-        self._output, self._draft_output = PackedWeight(), PackedWeight()
+        self._draft_output = PackedWeight()
         self.draft_seconds = 0.0
         """Of all steps so far, the time that went into drafting."""
 
@@ -150,25 +149,16 @@ class Decoder:
 
     def _run(self, depth: int, window: Window) -> Tensor:
         """Hidden states [s, b, h] of a depth, after its final norm; its caches are extended."""
-        state, model = self.state, self.model
+        state = self.state
         rotary = self._rotary and self._rotary.at(window.positions)
         ids = state.tokens[window.slots].gather(1, (window.positions + depth).clamp(max=state.capacity))
-        for attention, cache in zip(self._attentions[depth], state.caches[depth], strict=True):
-            attention.attach(cache)
-            cache.window = window
-        try:
-            if depth == 0:
-                hidden = layers.stack(model.decoder.layers, self._embedded(ids), rotary)
-                out = model.decoder.final_norm(hidden)
-            else:
-                embedded = self._embedded(ids)
-                if self.mask_position_0:
-                    embedded = embedded.masked_fill((window.positions.t() == 0).unsqueeze(-1), 0.0)
-                hidden = state.hidden_at(depth - 1, window)
-                out = layers.head(self._depths[depth], hidden, embedded, rotary)
-        finally:
-            for attention in self._attentions[depth]:
-                attention.attach(None)
+        hidden = self._embedded(ids)
+        if depth > 0:
+            if self.mask_position_0:
+                hidden = hidden.masked_fill((window.positions.t() == 0).unsqueeze(-1), 0.0)
+            head = cast(layers.Head, self.depths[depth])
+            hidden = head.combined(state.hidden_at(depth - 1, window), hidden)
+        out = self.depths[depth](hidden, rotary, state.caches[depth], window)
         state.store_hidden(depth, window, out)
         return out
 
@@ -182,7 +172,7 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> fp32 [s, b, V / tp], padding of the vocabulary at -inf."""
         weight, first = self._output_weight()
-        return self._masked(self._output.linear(hidden, weight), self.vocab_size - first)
+        return self._masked(packed(weight).linear(hidden, weight), self.vocab_size - first)
 
     def _draft_logits(self, hidden: Tensor) -> Tensor:
         """The same with the ids that are not drafted at -inf, or left out where nobody needs them."""

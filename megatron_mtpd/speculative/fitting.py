@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative.decoder import Decoder
+from megatron_mtpd.speculative.layers import Part
 
 RIDGES = tuple(10.0**power for power in range(-5, 2))
 HELD_OUT = 10
@@ -163,7 +165,8 @@ class _Text:
         size = self.decoder.state.slots
         for first in range(0, len(self.texts), size):
             last = min(first + size, len(self.texts))
-            with _watching(watched) as seen:
+            parts = self.decoder.depths[self.head].parts
+            with _watching([parts[module] for module in watched]) as seen:
                 states = self.decoder.head_states(self.head, self.texts[first:last], self.before[first:last])
             for row in range(last - first):
                 self.advance(len(self.texts[first + row]))
@@ -236,19 +239,16 @@ def _is_held_out(number: int) -> bool:
 
 
 @contextmanager
-def _watching(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
-    """What each of the modules is given within the block."""
-    seen = [torch.empty(0) for _ in modules]
-
-    def keep(index: int) -> Any:
-        return lambda _, inputs: seen.__setitem__(index, inputs[0])
-
-    hooks = [module.register_forward_pre_hook(keep(index)) for index, module in enumerate(modules)]
+def _watching(parts: Sequence[Part]) -> Iterator[list[Tensor]]:
+    """What each of the parts is given within the block."""
+    seen = [torch.empty(0) for _ in parts]
+    for index, part in enumerate(parts):
+        part.watch = partial(seen.__setitem__, index)
     try:
         yield seen
     finally:
-        for hook in hooks:
-            hook.remove()
+        for part in parts:
+            part.watch = None
 
 
 def _unweighted(hidden: Tensor, norm: Any) -> Tensor:

@@ -1,31 +1,31 @@
-"""Megatron's layers with a forward pass for decoding: the same parameters and keys, less work around the kernels.
+"""A Megatron model's layers as decoding runs them: its parameters, and as little as can be around the kernels.
 
-A decoding step computes a few positions, and what Megatron does around its kernels for training (autograd functions,
-offloading, fusion and recompute switches) then costs more than the kernels. Each class here inherits its parameters,
-and replaces only `forward`, by the same mathematics; tests compare it with the training model. Attention keeps
-Megatron's forward pass while no cache is attached.
+A decoding step computes a few positions, and what Megatron's modules do around their kernels for training (autograd
+functions, offloading, fusion and recompute switches, hooks) then costs as much as the kernels. `Stack` and `Head` read
+the modules once, hold on to their parameters, and do the same mathematics; tests compare them with the model's own
+forward pass.
 
 Deliberately absent: dropout, gradients, and the options that `refuse` names. Experts run in Megatron's own modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_mtpd.speculative.packed import PackedWeight
+from megatron_mtpd.speculative.attention import KVCache, Window, attend
+from megatron_mtpd.speculative.packed import packed
 
 
 def refuse(config: TransformerConfig) -> None:
@@ -44,7 +44,7 @@ def refuse(config: TransformerConfig) -> None:
 class Rotary:
     """Rotary embedding of the positions of a pass: `x * cos + x[..., swapped] * sin`, over the first d_rot channels.
 
-    cos, sin: [s, b, d_rot] in the model's dtype, the sign of the rotation and yarn's scale in them.
+    cos, sin: [s, b, 1, 1, d_rot] in the model's dtype, the sign of the rotation and yarn's scale in them.
     swapped: int64 [d_rot], the other channel of each pair.
     """
 
@@ -53,12 +53,10 @@ class Rotary:
     swapped: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """[s, b, ..., d] -> the same, rotated."""
+        """[s, b, groups, heads, d] -> the same, rotated."""
         size = self.swapped.numel()
-        shape = (*self.cos.shape[:2], *[1] * (x.dim() - 3), size)
         turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-        cos, sin = self.cos.view(shape), self.sin.view(shape)
-        out = torch.addcmul(turned * cos, turned.index_select(-1, self.swapped), sin)
+        out = torch.addcmul(turned * self.cos, turned.index_select(-1, self.swapped), self.sin)
         return out if rest is None else torch.cat([out, rest], -1)
 
 
@@ -74,8 +72,8 @@ class RotaryTable:
         first = channels % 2 == 0 if interleaved else channels < size // 2
         step = 1 if interleaved else size // 2
         self.swapped = torch.where(first, channels + step, channels - step)
-        self.cos = (angles[:, 0, 0].cos() * scale).to(dtype)
-        self.sin = (angles[:, 0, 0].sin() * scale * torch.where(first, -1.0, 1.0)).to(dtype)
+        self.cos = (angles.cos() * scale).to(dtype)
+        self.sin = (angles.sin() * scale * torch.where(first, -1.0, 1.0)).to(dtype)
 
     def at(self, positions: Tensor) -> Rotary:
         """Of a window's positions, int64 [b, s]."""
@@ -83,103 +81,185 @@ class RotaryTable:
         return Rotary(self.cos[index], self.sin[index], self.swapped)
 
 
-def stack(layers: Iterable[torch.nn.Module], hidden: Tensor, rotary: Rotary | None) -> Tensor:
-    """[s, b, h] through the layers of a HybridStack, without its last norm."""
-    for layer in layers:
-        hidden = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)  # a cache has its own mask
-        if isinstance(hidden, tuple):
-            hidden = hidden[0]
-    return hidden
+class Part:
+    """A module's parameters as a function. `watch`, where it is set, is shown each input."""
+
+    watch: Callable[[Tensor], object] | None = None
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
 
 
-def head(layer: Any, hidden: Tensor, embedded: Tensor, rotary: Rotary | None) -> Tensor:
-    """A head, a MultiTokenPredictionLayer: hidden states of the depth before and the tokens' embeddings, both
-    [s, b, h], to its own hidden states after its final norm."""
-    both, _ = layer.eh_proj(torch.cat([layer.enorm(embedded), layer.hnorm(hidden)], -1))
-    if layer.tp_group is not None and layer.tp_group.size() > 1:
-        both = gather_from_tensor_model_parallel_region(both, group=layer.tp_group)
-    return layer.final_layernorm(stack(layer.mtp_model_layer.layers, both, rotary))
+class Norm(Part):
+    """[..., h] -> [..., h]."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        weight = module.weight
+        own = isinstance(module, torch.nn.RMSNorm) and weight.dtype == torch.float32 and not weight.is_cuda
+        self._forward = partial(_rms_norm, weight, torch.tensor(module.eps)) if own else module.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(x)
+        return self._forward(x)  # without what Module.__call__ does around it
 
 
-class ColumnLinear(ColumnParallelLinear):
-    """ColumnParallelLinear without gradients; its output stays sharded."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.packed = PackedWeight()
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.skip_bias_add:
-            return self.packed.linear(input_, self.weight), self.bias
-        return self.packed.linear(input_, self.weight, self.bias), None
+def _rms_norm(weight: Tensor, eps: Tensor, x: Tensor) -> Tensor:
+    """torch's `rms_norm` in fp32, which on a CPU is twice as many kernels: of a few rows, a twentieth of a step."""
+    length = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+    return (x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
 
 
-class RowLinear(RowParallelLinear):
-    """RowParallelLinear without gradients; its input is sharded."""
+class Linear(Part):
+    """[..., in] -> [..., out] by a ColumnParallelLinear, whose output stays sharded, or a RowParallelLinear, whose
+    outputs are summed. A bias is added."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.packed = PackedWeight()
+    def __init__(self, module: Any) -> None:
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            raise ValueError(
+                f"The model has a {type(module).__name__}: decoding needs one built by speculative.loading."
+            )
+        super().__init__(module)
+        self._weight, self._bias, self._packed = module.weight, module.bias, packed(module.weight)
+        group = module.tp_group if isinstance(module, RowParallelLinear) else None
+        self._sum_group = group if group is not None and group.size() > 1 else None
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        output = self.packed.linear(input_, self.weight)
-        if self.tp_group is not None and self.tp_group.size() > 1:
-            dist.all_reduce(output, group=self.tp_group)
-        if self.skip_bias_add or self.bias is None:
-            return output, self.bias
-        return output + self.bias, None
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(x)
+        if self._sum_group is None:
+            return self._packed.linear(x, self._weight, self._bias)
+        output = self._packed.linear(x, self._weight)
+        dist.all_reduce(output, group=self._sum_group)
+        return output if self._bias is None else output + self._bias
 
 
-class DecodingAttention(SelfAttention):
-    """Self-attention whose core attention has a cache; `rotary_pos_emb` is then a `Rotary`."""
+class Attention:
+    """Residual self-attention of a TransformerLayer: [s, b, h] -> [s, b, h]; keys and values go to the cache."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        """[s, b, h] -> [s, b, h] and a bias to be added, or None."""
-        if self.core_attention.cache is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        rotary: Rotary | None = kwargs.get("rotary_pos_emb")
-        if self._together and rotary is not None:
-            query, key, value = self._rotated_together(hidden_states, rotary)
-        else:
-            query, key, value = self.get_query_key_value_tensors(hidden_states)
+    def __init__(self, layer: Any) -> None:
+        attention: SelfAttention = layer.self_attention
+        self._norm = Norm(layer.input_layernorm)
+        self._qkv, self._proj = Linear(attention.linear_qkv), Linear(attention.linear_proj)
+        self._q_norm = Norm(attention.q_layernorm) if attention.q_layernorm is not None else None
+        self._k_norm = Norm(attention.k_layernorm) if attention.k_layernorm is not None else None
+        groups: int = attention.num_query_groups_per_partition
+        self._shape = (groups, -1, attention.hidden_size_per_attention_head)
+        self._scale: float = attention.core_attention.softmax_scale
+        # A group over several ranks: Megatron gathers and cuts.
+        is_cut = groups * attention.world_size != attention.config.num_query_groups
+        self._split_by_megatron = attention.get_query_key_value_tensors if is_cut else None
+
+    def __call__(self, hidden: Tensor, rotary: Rotary | None, cache: KVCache, window: Window) -> Tensor:
+        query, key, value = self._query_key_value(self._norm(hidden), rotary)
+        cache.store(window, key, value)
+        return hidden + self._proj(attend(query, key, value, cache, window, self._scale))
+
+    def _query_key_value(self, normed: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> queries [s, b, groups, heads of a group, d], keys and values [s, b, groups, d]."""
+        if self._split_by_megatron is not None:
+            query, key, value = self._split_by_megatron(normed)
+            query, key = query.unflatten(2, (key.shape[2], -1)), key.unsqueeze(3)
             if rotary is not None:
                 query, key = rotary.apply(query), rotary.apply(key)
-        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+            return query, key.squeeze(3), value
+        mixed = self._qkv(normed).view(*normed.shape[:2], *self._shape)  # a group lies as q .. q k v
+        both = mixed[..., :-1, :]
+        if self._q_norm is not None and self._k_norm is not None:
+            both = torch.cat([self._q_norm(both[..., :-1, :]), self._k_norm(both[..., -1:, :])], -2)
+        if rotary is not None:
+            both = rotary.apply(both)
+        return both[..., :-1, :], both[..., -1, :], mixed[..., -1, :]
+
+
+class Dense:
+    """Residual MLP of a layer: [s, b, h] -> [s, b, h]."""
+
+    def __init__(self, layer: Any) -> None:
+        self._norm = Norm(layer.pre_mlp_layernorm)
+        self._fc1, self._fc2 = Linear(layer.mlp.linear_fc1), Linear(layer.mlp.linear_fc2)
+        config: TransformerConfig = layer.config
+        self._gated, self._activation = config.gated_linear_unit, config.activation_func
+        self._limit, self._offset = config.activation_func_clamp_value, config.glu_linear_offset
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        inner = self._fc1(self._norm(hidden))
+        return hidden + self._fc2(self._gate(inner) if self._gated else self._activation(inner))
+
+    def _gate(self, inner: Tensor) -> Tensor:
+        gate, value = inner.chunk(2, -1)
+        if self._limit is not None:
+            gate, value = gate.clamp(max=self._limit), value.clamp(-self._limit, self._limit)
+        return self._activation(gate) * (value + self._offset if self._offset else value)
+
+
+class Stack:
+    """The layers of a HybridStack, without its last norm."""
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self._layers: list[Any] = []
+        for layer in layers:
+            if isinstance(getattr(layer, "self_attention", None), SelfAttention):
+                self._layers.append(Attention(layer))
+            else:
+                self._layers.append(Dense(layer) if isinstance(layer.mlp, MLP) else _Experts(layer))
+        self.num_caches = sum(isinstance(layer, Attention) for layer in self._layers)
 
     @property
-    def _together(self) -> bool:
-        """Whether queries and keys need nothing but rotation, so that one pass over both does."""
-        normed = self.q_layernorm is not None or self.k_layernorm is not None
-        return not normed and self.num_query_groups_per_partition * self.world_size == self.config.num_query_groups
+    def parts(self) -> dict[torch.nn.Module, Part]:
+        """All parts, by their modules."""
+        found = [value for owner in (self, *self._layers) for value in vars(owner).values()]
+        return {part.module: part for part in found if isinstance(part, Part)}
 
-    def _rotated_together(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> queries [s, b, heads, d], keys and values [s, b, groups, d]. A group lies as q .. q k v."""
-        mixed, bias = self.linear_qkv(hidden_states)
-        s, b, groups = *mixed.shape[:2], self.num_query_groups_per_partition
-        mixed = (mixed if bias is None else mixed + bias).view(s, b, groups, -1, self.hidden_size_per_attention_head)
-        rotated = rotary.apply(mixed[..., :-1, :])
-        return rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :], mixed[..., -1, :]
-
-
-def _add(residual: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
-    output, bias = output_with_bias
-    return residual + output if bias is None else residual + (output + bias)
+    def __call__(self, hidden: Tensor, rotary: Rotary | None, caches: Sequence[KVCache], window: Window) -> Tensor:
+        """[s, b, h] -> [s, b, h]. `caches`: one for each attention layer."""
+        remaining = iter(caches)
+        for layer in self._layers:
+            if isinstance(layer, Attention):
+                hidden = layer(hidden, rotary, next(remaining), window)
+            else:
+                hidden = layer(hidden)
+        return hidden
 
 
-class AttentionLayer(TransformerLayer):
-    """A layer of attention alone; `mlp` is an identity."""
+class _Experts:
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if self.self_attention.core_attention.cache is None:
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
-        assert isinstance(self.mlp, IdentityOp), "the hybrid stack has the MLP in a layer of its own"
-        normed = self.input_layernorm(hidden_states)
-        rotary = kwargs.get("rotary_pos_emb")
-        return _add(hidden_states, self.self_attention(normed, attention_mask, rotary_pos_emb=rotary)), None
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = self._layer(hidden, attention_mask=None)
+        return output[0] if isinstance(output, tuple) else output
 
 
-class DenseLayer(MLPLayer):
-    """A layer of a dense MLP alone; attention is an identity."""
+class MainModel(Stack):
+    """The main model behind its embedding, with its final norm."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        return _add(hidden_states, self.mlp(self.pre_mlp_layernorm(hidden_states))), None
+    def __init__(self, decoder: Any) -> None:
+        super().__init__(decoder.layers)
+        self._final_norm = Norm(decoder.final_norm)
+
+    def __call__(self, hidden: Tensor, rotary: Rotary | None, caches: Sequence[KVCache], window: Window) -> Tensor:
+        """Embeddings [s, b, h] -> hidden states [s, b, h]."""
+        return self._final_norm(super().__call__(hidden, rotary, caches, window))
+
+
+class Head(Stack):
+    """A head, from a MultiTokenPredictionLayer, with its final norm."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer.mtp_model_layer.layers)
+        self._enorm, self._hnorm, self._eh_proj = Norm(layer.enorm), Norm(layer.hnorm), Linear(layer.eh_proj)
+        self._final_norm = Norm(layer.final_layernorm)
+        self._tp_group = layer.tp_group if layer.tp_group is not None and layer.tp_group.size() > 1 else None
+
+    def combined(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Hidden states of the depth before and the tokens' embeddings, both [s, b, h] -> what the layers take."""
+        both = self._eh_proj(torch.cat([self._enorm(embedded), self._hnorm(hidden)], -1))
+        if self._tp_group is not None:
+            both = gather_from_tensor_model_parallel_region(both, group=self._tp_group)
+        return both
+
+    def __call__(self, hidden: Tensor, rotary: Rotary | None, caches: Sequence[KVCache], window: Window) -> Tensor:
+        """What `combined` gives, [s, b, h] -> hidden states [s, b, h]."""
+        return self._final_norm(super().__call__(hidden, rotary, caches, window))

@@ -16,9 +16,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LEAST_ROWS = 4 if "Intel" in torch.cpu.get_capabilities().get("cpu_name", "") else 1
 """Products of fewer rows take `linear`."""
+
+
+def packed(weight: Tensor) -> PackedWeight:
+    """The one of a weight, which all that multiply by it share; it goes with the weight."""
+    if (found := _shared.get(weight)) is None:
+        found = _shared[weight] = PackedWeight()
+    return found
 
 
 class PackedWeight:
@@ -31,9 +39,6 @@ class PackedWeight:
     def __init__(self) -> None:
         self._packed: Tensor | None = None
         self._packed_from: tuple[int, int] | None = None
-
-    def __reduce__(self) -> tuple:
-        return PackedWeight, ()  # oneDNN's layout has no copies: a copied module reorders its own
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in] x [out, in] -> [..., out]."""
@@ -55,3 +60,6 @@ def _can_pack(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and not weight.is_inference()  # its changes are not counted
     )
+
+
+_shared = WeakTensorKeyDictionary()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mtpd.speculative.fit import Options
-from megatron_mtpd.speculative.fitting import FITTED, HELD_OUT, RIDGES, _watching, fit_heads, held_out
+from megatron_mtpd.speculative.fitting import FITTED, HELD_OUT, RIDGES, fit_heads, held_out
 from megatron_mtpd.speculative.teacher_forced import measure
 from tests.unit.speculative.toys import VOCABULARY, hidden_states, prompts, toy_model
 
@@ -27,13 +27,19 @@ def rows(model, some, head):
     """Of all texts, in fp64: what the maps of a head are given, by their names, what it gives before its final norm,
     and what it ought to give."""
     layer = model.mtp.layers[head - 1]
-    modules = {name: module for end in FITTED for name, module in layer.named_modules() if name.endswith(end)}
-    watched, found = [*modules.values(), layer.final_layernorm], []
+    modules = {end: module for end in FITTED for name, module in layer.named_modules() if name.endswith(end)}
+    found, seen = [], {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[0]))
+        for name, module in [*modules.items(), ("final_layernorm", layer.final_layernorm)]
+    ]
     for text in some:
-        with _watching(watched) as seen:
-            main, *_ = hidden_states(model, text)
+        main, *_ = hidden_states(model, text)
         target = (main[head:] / model.decoder.final_norm.weight).double()
-        found.append(([x[: len(text) - head, 0].double() for x in seen], target))
+        names = (*FITTED, "final_layernorm")
+        found.append(([seen[name][: len(text) - head, 0].double() for name in names], target))
+    for hook in hooks:
+        hook.remove()
     columns = zip(*(inputs for inputs, _ in found), strict=True)
     *inputs, given = [torch.cat(parts) for parts in columns]
     return dict(zip(FITTED, inputs, strict=True)), given, torch.cat([target for _, target in found])

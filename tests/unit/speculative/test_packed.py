@@ -1,12 +1,14 @@
 """Products with reordered weights, against torch's own."""
 
-import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from megatron_mtpd.speculative.packed import PackedWeight
+from megatron_mtpd.speculative.packed import packed as packed_weight
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -80,11 +82,14 @@ def test_gradients_and_half_precision_take_linear(weight):
     assert packed._packed is None
 
 
-@needs_onednn
-def test_a_copy_packs_its_own(weight):
-    packed, x = PackedWeight(), values(2, 64)
-    with torch.no_grad():
-        expected = packed.linear(x, weight)
-        copied = copy.deepcopy(packed)
-        assert copied._packed is None
-        torch.testing.assert_close(copied.linear(x, weight), expected)
+def test_all_that_multiply_by_a_weight_share_its_copy_as_long_as_it_lives():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    shared = packed_weight(weight)
+    assert packed_weight(weight) is shared
+    assert packed_weight(torch.nn.Parameter(weight.detach())) is not shared
+    copy = weakref.ref(shared)
+    del shared
+    assert copy() is not None
+    del weight
+    gc.collect()
+    assert copy() is None
