@@ -13,6 +13,7 @@ from toy import final_validation
 
 from megatron_mtpd.checkpoint.files import written_whole
 from megatron_mtpd.provenance import provenance
+from megatron_mtpd.speculative import end_to_end
 from megatron_mtpd.speculative.results import Run, read_lines
 from megatron_mtpd.speculative.worker import TEACHER_FORCED
 
@@ -26,12 +27,9 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
     rows = [_row(stage, folder) for stage, folder in stages]
     folders = {stage.name: folder for stage, folder in stages}
     gains = {how: gain(folders["mtp"] / how, folders["mtpd"] / how, run) for how, run in COMPARED.items()}
-    speed, few_ids = (json.loads((out / name / "acceptance.json").read_text()) for name in ("speed", "speed-few-ids"))
-    theirs = json.loads((out / "speed" / "transformers.json").read_text())
+    speed = json.loads((out / "speed.json").read_text())
     generated = json.loads((out / "generated" / "summary.json").read_text())
-    found = {"stages": rows, "gains": gains, "speed": speed["runs"], "transformers": theirs, "generated": generated}
-    found["decoding_dtype"] = speed["settings"]["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16")
-    found["few_ids"] = {"draft_vocab_size": few_ids["settings"]["draft_vocab_size"], "runs": few_ids["runs"][1:]}
+    found = {"stages": rows, "gains": gains, "speed": speed, "generated": generated, "decoding_dtype": speed["dtype"]}
     if (path := out / "vllm" / "compared.json").exists():
         found["vllm"] = json.loads(path.read_text())
     measured = json.loads((folders["mtpd"] / "answers" / "acceptance.json").read_text())["provenance"]
@@ -39,7 +37,7 @@ def write(stages: Sequence[tuple[Any, Path]], out: Path, options: dict[str, Any]
     text = markdown(document, rows)
     with written_whole(out / "retrofit_smollm2.json") as file:
         file.write(json.dumps(document, indent=1, default=str).encode())
-    draw(rows, speed["runs"], theirs, out / "retrofit_smollm2.png")
+    draw(rows, speed["rows"], out / "retrofit_smollm2.png")
     with written_whole(out / "RESULTS.md") as file:
         file.write(text.encode())
     return text
@@ -199,45 +197,23 @@ def _table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _speed(document: dict[str, Any]) -> list[str]:
-    speed, few_ids, theirs = document["speed"], document["few_ids"], document["transformers"]
-    plain = speed[0]["tokens_per_second"]
-    named = {"ours, plain": speed[0], **{f"ours, {_heads(run)}": run for run in speed[1:]}}
-    few = {f"ours, {_heads(run)}, drafts of {few_ids['draft_vocab_size']:,} ids": run for run in few_ids["runs"]}
-    ours, drafting = {**named, **few}, [*speed[1:], *few_ids["runs"]]
-    lines = [
-        "## Speed",
-        "",
-        f"MTP-D's heads, one sequence at a time, {theirs['threads']} threads, {speed[0]['num_prompts']} prompts, "
-        f"{speed[0]['num_tokens'] // speed[0]['num_prompts']} tokens each whatever the model ends, prompts' passes "
-        "included.",
-        "",
-        "| decoding | tokens/s | x transformers | x plain | tokens/step |",
-        "|---|---|---|---|---|",
-        f"| transformers, plain | {theirs['tokens_per_second']:.1f} | 1 | "
-        f"{theirs['tokens_per_second'] / plain:.2f} | 1 |",
-    ]
-    for name, run in ours.items():
-        rate = run["tokens_per_second"]
-        lines.append(
-            f"| {name} | {rate:.1f} | {rate / theirs['tokens_per_second']:.2f} | "
-            f"{run['speedup_vs_autoregressive']:.2f} | {run['acceptance_length'] or 1:.2f} |"
-        )
-    best = max(list(ours)[1:], key=lambda name: ours[name]["tokens_per_second"])
+    speed = document["speed"]
+    best = max((row for row in speed["rows"] if row["num_heads"]), key=lambda row: row["over_transformers"])
     rounding = " In bf16, passes over other numbers of tokens round otherwise, which decides near ties."
     return [
-        *lines,
+        "## Speed",
         "",
-        f"Fastest with heads: {best.removeprefix('ours, ')}, at "
-        f"{ours[best]['tokens_per_second'] / theirs['tokens_per_second']:.2f} times the speed of transformers' plain "
-        f"decoding. Our plain outputs equal to transformers': {theirs['outputs_equal_to_ours']}; with heads equal to "
-        f"ours without: {', '.join(run['outputs_equal_to_plain'] for run in drafting)}."
-        + (rounding if document["decoding_dtype"] == "bf16" else ""),
+        f"MTP-D's heads, one sequence at a time, {speed['threads']} threads, {speed['prompts']} prompts, "
+        f"{speed['new_tokens']} tokens each whatever the model ends, prompts' passes included. All take turns at each "
+        "prompt; ratios are medians over the prompts, with the smallest and the largest; outputs are equal or not to "
+        "transformers' (`tools/benchmark_generate.py`).",
+        "",
+        *end_to_end.table(speed).splitlines(),
+        "",
+        f"Fastest with heads: {best['decoding'].removeprefix('ours, ')}, at {best['over_transformers']:.2f} times the "
+        "speed of transformers' plain decoding." + (rounding if speed["dtype"] == "bf16" else ""),
         "",
     ]
-
-
-def _heads(run: dict[str, Any]) -> str:
-    return f"{run['num_heads']} head{'s' * (run['num_heads'] > 1)}"
 
 
 def _vllm(found: dict[str, Any]) -> list[str]:
@@ -262,8 +238,8 @@ def _percent(rates: list[float | None], k: int) -> str:
     return "" if rate is None else f"{100 * rate:.1f}" if rate > 0.1 else f"{100 * rate:.2f}"
 
 
-def draw(rows: list[dict[str, Any]], speed: list[dict[str, Any]], theirs: dict[str, Any], path: Path) -> None:
-    """Cumulative acceptance by head of all stages, and tokens a second by number of heads."""
+def draw(rows: list[dict[str, Any]], speed: list[dict[str, Any]], path: Path) -> None:
+    """Cumulative acceptance by head of all stages, and the speed of each way of decoding."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,10 +258,12 @@ def draw(rows: list[dict[str, Any]], speed: list[dict[str, Any]], theirs: dict[s
     )
     curves.set_ylim(0, None)
     curves.legend(fontsize=8)
-    bars.bar([str(run["num_heads"]) for run in speed], [run["tokens_per_second"] for run in speed])
-    bars.axhline(theirs["tokens_per_second"], color="C3", label="transformers, plain")
-    bars.set(title="one sequence at a time, MTP-D", xlabel="heads", ylabel="tokens a second")
-    bars.legend(fontsize=8)
+    names, ratios = [row["decoding"] for row in speed], [row["over_transformers"] for row in speed]
+    spread = [[abs(row["over_transformers_range"][end] - row["over_transformers"]) for row in speed] for end in (0, 1)]
+    bars.barh(names, ratios, xerr=spread, color=["C3"] + ["C0"] * (len(speed) - 1))
+    bars.invert_yaxis()
+    bars.axvline(1, color="C3", linewidth=0.8)
+    bars.set(title="one sequence at a time, MTP-D", xlabel="tokens a second / transformers' (smallest - largest)")
     for axis in (curves, bars):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=90)

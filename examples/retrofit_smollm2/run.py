@@ -303,16 +303,14 @@ class Retrofit:
         return save
 
     def measure_speed(self, stage: str, exported: Path) -> None:
-        """One sequence at a time with all cores: what one reader sees, ours and transformers'."""
-        results = self.out / "speed"
-        few = packages.write_prompts(self.packages, self.turn, min(3, self.options.prompts))
-        ids = min(DRAFTED, HuggingFaceTokenizer(str(self.tokenizer())).vocab_size)
-        for folder, words in ((results, []), (self.out / "speed-few-ids", ["--draft-vocab-size", ids])):
-            if not done(folder / "acceptance.json"):
-                self.benchmark(stage, folder, few, (1, 2, HEADS), "--batch-size", 1, "--ignore-eod", *words)
-        if not (results / "transformers.json").exists():
-            words = ("--model", exported, "--results", results, "--new-tokens", NEW_TOKENS, "--prompts", *few)
-            call([Path(__file__).with_name("transformers_speed.py"), *words], CORES)
+        """One sequence at a time with all cores: what one reader sees, ours and transformers', in turns."""
+        results = self.out / "speed.json"
+        if not results.exists():
+            few = packages.write_prompts(self.packages, self.turn, min(3, self.options.prompts))
+            ids = min(DRAFTED, HuggingFaceTokenizer(str(self.tokenizer())).vocab_size)
+            words = ["--load", self.checkpoints(stage), "--hf", exported, "--prompts", *few, "--num-heads", 1, 2, HEADS]
+            words += ["--draft-vocab-size", ids, "--new-tokens", NEW_TOKENS, "--json", results]
+            tool("benchmark_generate.py", *words)
 
     def compare_vllm(self, stage: str, exported: Path) -> None:
         """In vLLM what the export is for, where `make test-serving` has made an environment with it."""
