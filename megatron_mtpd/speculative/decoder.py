@@ -50,9 +50,11 @@ from megatron_mtpd.losses.vocab_parallel import vocab_argmax, vocab_logsumexp, v
 from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative import layers
 from megatron_mtpd.speculative.attention import Window
-from megatron_mtpd.speculative.packed import PackedWeight, packed
+from megatron_mtpd.speculative.packed import PackedWeight, shared_packed
 from megatron_mtpd.speculative.sampling import Sampling, draw, verify
 from megatron_mtpd.speculative.state import State
+
+POSITIONS = ("rope", "yarn", "none")
 
 
 class Step(NamedTuple):
@@ -78,7 +80,8 @@ class Decoder:
 
     Args:
         model: of local modules (`specs.local_spec`), in evaluation mode, the whole model on this tensor-parallel group.
-            Its parameters are read where they are: change them in place, or make another decoder.
+            Its parameters are read where they are, and may change by in-place operations that torch counts. What an
+            optimizer writes through `.data` or a flat buffer is not seen on a CPU: load what it has saved.
         num_heads: heads to draft with; 0 is plain decoding.
         slots, capacity: sequences at once, and the most tokens of each, with room for a step's drafts behind.
         vocab_size: ids from here on are padding of the embedding and never chosen.
@@ -113,6 +116,11 @@ class Decoder:
                 f"--num-heads {num_heads}: the model has {available} heads; give 0 (plain) to {available}."
             )
         check_drafting(min_confidence, draft_vocab_size, vocab_size)
+        layers.refuse(model.config)
+        if model.position_embedding_type not in POSITIONS:
+            raise ValueError(
+                f"--position-embedding-type {model.position_embedding_type}: decoding has {', '.join(POSITIONS)}."
+            )
         if model.training:
             raise ValueError("The model is in training mode: call model.eval() before decoding.")
         self.model, self.num_heads, self.vocab_size = model, num_heads, vocab_size
@@ -172,7 +180,7 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> fp32 [s, b, V / tp], padding of the vocabulary at -inf."""
         weight, first = self._output_weight()
-        return self._masked(packed(weight).linear(hidden, weight), self.vocab_size - first)
+        return self._masked(shared_packed(weight).linear(hidden, weight), self.vocab_size - first)
 
     def _draft_logits(self, hidden: Tensor) -> Tensor:
         """The same with the ids that are not drafted at -inf, or left out where nobody needs them."""

@@ -1,7 +1,7 @@
 """From prompt to last token: our decoding beside transformers' plain `generate`, with the same weights and prompts.
 
-Every prompt goes through all ways of decoding before the next one does, and each begins with another way, so that a
-busy machine disturbs all alike. Of each way it says the rate over all prompts, and the median of the ratio to
+Every prompt goes through all ways of decoding before the next one does, in an order of its own, so that a busy machine
+disturbs all alike. Of each way it says the rate over all prompts, and the median of the ratio to
 transformers' rate at the same prompt, with its smallest and largest.
 
 Deliberately absent: acceptance, whose measure is `benchmark`; batches; sampling.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -47,10 +48,12 @@ class Options:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("new_tokens", "max_prompt_tokens", "limit"):
+        for name, least in (("new_tokens", 2), ("max_prompt_tokens", 1), ("limit", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least 1.")
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least {least}.")
+        if min(self.num_heads, default=1) < 1:
+            raise ValueError(f"--num-heads {min(self.num_heads)}: give at least 1; plain decoding is always there.")
         if not (self.hf / "config.json").is_file():
             raise ValueError(f"--hf {self.hf} holds no config.json: export the checkpoint with tools/convert_hf.py.")
 
@@ -75,25 +78,25 @@ def compare(options: Options) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     loading.start_distributed()
-    llama: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype="auto").eval()
-    llama.generation_config.eos_token_id = None  # all go on behind the end
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype="auto").eval()
+    hf_model.generation_config.eos_token_id = None  # all go on behind the end
     if torch.cuda.is_available():
-        llama.cuda()
-    dtype = {value: key for key, value in loading.DTYPES.items()}[llama.dtype]
+        hf_model.cuda()
+    dtype = {value: key for key, value in loading.DTYPES.items()}[hf_model.dtype]
     loaded = loading.load(options.load, dtype=dtype)
     tokenizer = HuggingFaceTokenizer(str(options.hf))
     texts = [prompt.text for prompt in read_prompts(list(options.prompts))][: options.limit]
     prompts = [ids[-options.max_prompt_tokens :] for ids in tokenizer.encode(texts) if ids]
     if not prompts:
         raise ValueError(f"--prompts {' '.join(options.prompts)}: there is no prompt of a token or more.")
-    ways = {TRANSFORMERS: _Way(_transformers(llama)), **_ours(options, loaded, max(map(len, prompts)), llama)}
+    ways = {TRANSFORMERS: _Way(_transformers(hf_model)), **_ours(options, loaded, max(map(len, prompts)), hf_model)}
     for way in ways.values():
-        way.run(prompts[0], WARM_UP)
-    names = list(ways)
-    with tqdm(total=len(prompts) * len(names), unit="answer", desc="one at a time") as bar:
-        for number, prompt in enumerate(prompts):
-            for turn in range(len(names)):
-                way = ways[names[(number + turn) % len(names)]]
+        way.run(max(prompts, key=len), WARM_UP)
+    random, order = Random(1), list(ways.values())
+    with tqdm(total=len(prompts) * len(order), unit="answer", desc="one at a time") as bar:
+        for prompt in prompts:
+            random.shuffle(order)
+            for way in order:
                 start = _now()
                 tokens, steps = way.run(prompt, options.new_tokens)
                 way.seconds.append(_now() - start)
@@ -106,30 +109,30 @@ def compare(options: Options) -> dict[str, Any]:
         "new_tokens": options.new_tokens,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "device": str(llama.device),
+        "device": str(hf_model.device),
     }
 
 
-def _transformers(llama: Any) -> Callable[[list[int], int], tuple[list[int], int]]:
+def _transformers(hf_model: Any) -> Callable[[list[int], int], tuple[list[int], int]]:
     @torch.inference_mode()
     def run(prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
-        ids = torch.tensor([prompt], device=llama.device)
+        ids = torch.tensor([prompt], device=hf_model.device)
         fixed = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
-        done = llama.generate(ids, attention_mask=torch.ones_like(ids), **fixed)
+        done = hf_model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)
         return done[0, len(prompt) :].tolist(), new_tokens - 1
 
     return run
 
 
-def _ours(options: Options, loaded: loading.Loaded, longest: int, llama: Any) -> dict[str, _Way]:
+def _ours(options: Options, loaded: loading.Loaded, longest: int, hf_model: Any) -> dict[str, _Way]:
     """Plain, and with each number of heads."""
-    vocab_size = llama.config.vocab_size
+    vocab_size = hf_model.config.vocab_size
     for size in options.draft_vocab_size:
         check_drafting(0, size, vocab_size)
     ways: dict[str, _Way] = {}
     for ids in (None, *options.draft_vocab_size):
-        for heads in ([0] if ids is None else []) + [k for k in options.num_heads if k > 0]:
-            capacity = longest + options.new_tokens + heads + 1
+        for heads in ([0] if ids is None else []) + list(options.num_heads):
+            capacity = longest + max(options.new_tokens, WARM_UP) + heads + 1
             decoder = Decoder(loaded.model, heads, 1, capacity, vocab_size, draft_vocab_size=ids)
             name = f"ours, {heads} head{'s' * (heads > 1)}" if heads else PLAIN
             ways[name if ids is None else f"{name}, drafts of {ids:,} ids"] = _Way(_with(decoder), heads)
@@ -151,7 +154,6 @@ def _now() -> float:
 
 
 def _rows(ways: dict[str, _Way], new_tokens: int) -> list[dict[str, Any]]:
-    """Ways were timed in another order at each prompt, each with all prompts in the same order."""
     rows = []
     for name, way in ways.items():
         ratios = {

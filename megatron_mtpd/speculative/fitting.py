@@ -119,9 +119,11 @@ def fit_heads(
     Every data-parallel rank brings its own texts, and all get the same heads. Every `HELD_OUT`-th text is held out.
     `progress` is given the name of a part of the work and how many tokens it will pass over, and gives what is called
     with each number of tokens done.
-    Raises ValueError without enough text.
+    Raises ValueError without enough text, and for heads that share one layer.
     """
     num_heads = model.config.mtp_num_layers or 0
+    if model.config.mtp_use_repeated_layer:
+        raise ValueError("Trained with --mtp-use-repeated-layer: heads that are one cannot be fitted each.")
     texts = usable(texts, num_heads)
     if len(texts) < HELD_OUT:
         raise ValueError(

@@ -21,20 +21,23 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mtpd.speculative.attention import KVCache, Window, attend
-from megatron_mtpd.speculative.packed import packed
+from megatron_mtpd.speculative.packed import shared_packed
 
 
 def refuse(config: TransformerConfig) -> None:
     """Raises ValueError for options of a model that decoding would get wrong."""
+    is_half = config.params_dtype != torch.float32
     for flag, value in (
         ("--attention-output-gate", config.attention_output_gate),
         ("--no-rope-freq", config.no_rope_freq),
         ("--multi-latent-attention", config.multi_latent_attention),
         ("--apply-residual-connection-post-layernorm", config.apply_residual_connection_post_layernorm),
+        ("--fp32-residual-connection in half precision", config.fp32_residual_connection and is_half),
     ):
         if value:
             raise ValueError(f"The checkpoint's model was trained with {flag}, which decoding does not support.")
@@ -95,9 +98,9 @@ class Norm(Part):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        weight = module.weight
-        own = isinstance(module, torch.nn.RMSNorm) and weight.dtype == torch.float32 and not weight.is_cuda
-        self._forward = partial(_rms_norm, weight, torch.tensor(module.eps)) if own else module.forward
+        self._forward = module.forward
+        if isinstance(module, torch.nn.RMSNorm) and module.weight.dtype == torch.float32 and module.weight.is_cpu:
+            self._forward = partial(_rms_norm, module.weight, torch.tensor(module.eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.watch is not None:
@@ -121,7 +124,7 @@ class Linear(Part):
                 f"The model has a {type(module).__name__}: decoding needs one built by speculative.loading."
             )
         super().__init__(module)
-        self._weight, self._bias, self._packed = module.weight, module.bias, packed(module.weight)
+        self._weight, self._bias, self._packed = module.weight, module.bias, shared_packed(module.weight)
         group = module.tp_group if isinstance(module, RowParallelLinear) else None
         self._sum_group = group if group is not None and group.size() > 1 else None
 
@@ -140,8 +143,8 @@ class Attention:
 
     def __init__(self, layer: Any) -> None:
         attention: SelfAttention = layer.self_attention
-        self._norm = Norm(layer.input_layernorm)
         self._qkv, self._proj = Linear(attention.linear_qkv), Linear(attention.linear_proj)
+        self._norm = Norm(layer.input_layernorm)
         self._q_norm = Norm(attention.q_layernorm) if attention.q_layernorm is not None else None
         self._k_norm = Norm(attention.k_layernorm) if attention.k_layernorm is not None else None
         groups: int = attention.num_query_groups_per_partition
@@ -177,8 +180,8 @@ class Dense:
     """Residual MLP of a layer: [s, b, h] -> [s, b, h]."""
 
     def __init__(self, layer: Any) -> None:
-        self._norm = Norm(layer.pre_mlp_layernorm)
         self._fc1, self._fc2 = Linear(layer.mlp.linear_fc1), Linear(layer.mlp.linear_fc2)
+        self._norm = Norm(layer.pre_mlp_layernorm)
         config: TransformerConfig = layer.config
         self._gated, self._activation = config.gated_linear_unit, config.activation_func
         self._limit, self._offset = config.activation_func_clamp_value, config.glu_linear_offset
@@ -202,8 +205,12 @@ class Stack:
         for layer in layers:
             if isinstance(getattr(layer, "self_attention", None), SelfAttention):
                 self._layers.append(Attention(layer))
+            elif isinstance(getattr(layer, "mlp", None), MLP):
+                self._layers.append(Dense(layer))
+            elif isinstance(getattr(layer, "mlp", None), MoELayer):
+                self._layers.append(_Experts(layer))
             else:
-                self._layers.append(Dense(layer) if isinstance(layer.mlp, MLP) else _Experts(layer))
+                raise ValueError(f"The model has a {type(layer).__name__}, which decoding does not support.")
         self.num_caches = sum(isinstance(layer, Attention) for layer in self._layers)
 
     @property
@@ -255,10 +262,10 @@ class Head(Stack):
 
     def combined(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """Hidden states of the depth before and the tokens' embeddings, both [s, b, h] -> what the layers take."""
-        both = self._eh_proj(torch.cat([self._enorm(embedded), self._hnorm(hidden)], -1))
+        projected = self._eh_proj(torch.cat([self._enorm(embedded), self._hnorm(hidden)], -1))
         if self._tp_group is not None:
-            both = gather_from_tensor_model_parallel_region(both, group=self._tp_group)
-        return both
+            projected = gather_from_tensor_model_parallel_region(projected, group=self._tp_group)
+        return projected
 
     def __call__(self, hidden: Tensor, rotary: Rotary | None, caches: Sequence[KVCache], window: Window) -> Tensor:
         """What `combined` gives, [s, b, h] -> hidden states [s, b, h]."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_mtpd import platform
@@ -27,6 +28,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from torch.nn.functional import gelu  # noqa: E402
 
 from megatron_mtpd.checkpoint.gpt import retarget  # noqa: E402
 from megatron_mtpd.checkpoint.iterations import Iteration, resolve  # noqa: E402
@@ -160,6 +162,7 @@ def decoding_args(saved: Namespace, num_heads: int, tensor_parallel: int, dtype:
         "fp16": params_dtype == torch.float16,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "transformer_impl": "local",
+        "fused_gelu": getattr(saved, "bias_gelu_fusion", False),
         **dict.fromkeys(_ONE, 1),
         **dict.fromkeys(_NONE),
         **dict.fromkeys(_OFF, False),
@@ -189,7 +192,10 @@ _OFF = (
 
 def build(args: Namespace) -> MTPDModel:
     """The model that the arguments describe, in evaluation mode, with weights still to be loaded."""
-    return build_from_config(MTPDModelConfig.from_args(args))
+    config = MTPDModelConfig.from_args(args)
+    if args.fused_gelu and config.transformer.activation_func is gelu:
+        config.transformer.activation_func = partial(gelu, approximate="tanh")  # as Megatron's fused kernel computes it
+    return build_from_config(config)
 
 
 def build_from_config(config: MTPDModelConfig) -> MTPDModel:

@@ -22,7 +22,7 @@ LEAST_ROWS = 4 if "Intel" in torch.cpu.get_capabilities().get("cpu_name", "") el
 """Products of fewer rows take `linear`."""
 
 
-def packed(weight: Tensor) -> PackedWeight:
+def shared_packed(weight: Tensor) -> PackedWeight:
     """The one of a weight, which all that multiply by it share; it goes with the weight."""
     if (found := _shared.get(weight)) is None:
         found = _shared[weight] = PackedWeight()

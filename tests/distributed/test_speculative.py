@@ -11,7 +11,7 @@ from megatron_mtpd.speculative.counts import Acceptance
 from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
 from megatron_mtpd.speculative.sampling import Sampling
-from tests.distributed.checkpoints import save_checkpoint
+from tests.distributed.checkpoints import FLAGS, HEADS, pretrain, save_checkpoint
 from tests.distributed.gloo import run
 from tests.unit.speculative.toys import VOCABULARY, prompts, toy_model
 
@@ -22,10 +22,11 @@ pytestmark = pytest.mark.distributed
 ONE_BY_ONE = int(os.environ.get("PROMPTS_ONE_BY_ONE", "50"))
 
 
-def decode(tensor_parallel, num_heads, slots, number, sampling=None, **options):
+def decode(tensor_parallel, num_heads, slots, number, sampling=None, model=None, **options):
     loading.start_distributed(tensor_parallel)
     texts = prompts(number, seed=8)
-    decoder = Decoder(toy_model(4), num_heads, slots, 12 + 12 + num_heads + 1, VOCABULARY, sampling, **options)
+    toy = toy_model(4, **(model or {}))
+    decoder = Decoder(toy, num_heads, slots, 12 + 12 + num_heads + 1, VOCABULARY, sampling, **options)
     done = generate(decoder, [Request(key, text, 12) for key, text in enumerate(texts)], seed=5)
     return sorted((g.key, g.tokens, g.acceptance.num_accepted_tokens_per_pos) for g in done)
 
@@ -110,3 +111,36 @@ def test_a_checkpoint_loads_at_another_tensor_parallel_size(tmp_path, saved, ask
         got = torch.cat([part[depth] for part, _ in found], -1)[..., :95]
         # fp32 sums over two ranks instead of one
         torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(2, {"add_bias_linear": True, "add_qkv_bias": True}), (4, {}), (4, {"qk_layernorm": True})],
+    ids=["biases", "a group on two ranks", "a group on two ranks, with norms"],
+)
+def test_kinds_of_layers_that_tensor_parallelism_cuts_otherwise(ranks, options):
+    (one,) = run(decode, 1, 1, 2, 4, 8, None, model=options)
+    assert run(decode, ranks, ranks, 2, 4, 8, None, model=options) == [one] * ranks
+
+
+def gelu(*flags):
+    """What a trained model's MLPs take for GELU, and what Megatron's training took, of the same values."""
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu
+
+    loading.start_distributed(1)
+    pretrain.sys.argv = ["test"]
+    gated = ("--swiglu", "--disable-bias-linear")
+    args = pretrain.parse([word for word in FLAGS.split() if word not in gated] + list(flags))
+    mlp = loading.build(loading.decoding_args(args, HEADS, 1)).decoder.layers[1].mlp
+    x = torch.linspace(-3, 3, 50)
+    trained = bias_gelu(torch.zeros(()), x) if args.bias_gelu_fusion else torch.nn.functional.gelu(x)
+    return mlp.activation_func(x), trained
+
+
+def test_gelu_is_the_one_that_training_computed():
+    """Megatron's fused kernel, its default, approximates it by tanh, and its other one does not."""
+    ((fused, trained),) = run(gelu, 1)
+    torch.testing.assert_close(fused, trained)
+    ((exact, trained),) = run(gelu, 1, "--no-bias-gelu-fusion")
+    torch.testing.assert_close(exact, trained)
+    assert (fused - exact).abs().max() > 1e-4

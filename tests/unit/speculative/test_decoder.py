@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.activations import squared_relu
 
 from megatron_mtpd.speculative.counts import Acceptance
 from megatron_mtpd.speculative.decoder import Decoder
@@ -65,25 +66,101 @@ def test_greedy_output_is_that_of_plain_decoding(model, num_heads, slots):
     assert sum(g.num_steps for g in drafted.values()) < sum(g.num_steps for g in undrafted.values())
 
 
+def assert_caches_are_exact(decoder):
+    """What holds of every depth is what one pass over the committed tokens gives. How much of it was rolled back."""
+    state, rolled_back = decoder.state, 0
+    for slot in range(state.slots):
+        n = int(state.lengths[slot])
+        truth = hidden_states(decoder.model, state.tokens[slot, :n].tolist())
+        for depth in range(decoder.num_heads):  # the last head hands its states to nobody
+            valid = int(state.valid[depth, slot])
+            assert valid >= min(n - 1 - depth, n - 2) - decoder.num_heads
+            assert_close(state.stored(depth)[slot, :valid], truth[depth][:valid])
+            rolled_back += valid < n - 2
+    return rolled_back
+
+
 def test_caches_equal_the_training_pass_head_by_head(model):
-    """After any step: what holds of every depth is what one pass over the committed tokens gives."""
-    texts = prompts(5, seed=2)
+    """After any step."""
     decoder = Decoder(model, 4, 5, 64, VOCABULARY)
-    decoder.prefill(0, texts)
+    decoder.prefill(0, prompts(5, seed=2))
     rolled_back = 0
     for _ in range(10):
         decoder.step(5)
-        state = decoder.state
-        for slot in range(5):
-            n = int(state.lengths[slot])
-            tokens = state.tokens[slot, :n].tolist()
-            truth = hidden_states(model, tokens)
-            for depth in range(4):  # the last head hands its states to nobody
-                valid = int(state.valid[depth, slot])
-                assert valid >= min(n - 1 - depth, n - 2) - 4
-                assert_close(state.stored(depth)[slot, :valid], truth[depth][:valid])
-                rolled_back += valid < n - 2
+        rolled_back += assert_caches_are_exact(decoder)
     assert rolled_back > 0
+
+
+UNGATED = {"gated_linear_unit": False, "add_bias_linear": True}
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2, "moe_grouped_gemm": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization": "LayerNorm", "add_bias_linear": True, "add_qkv_bias": True},
+        {"qk_layernorm": True},
+        {"qk_layernorm": True, "normalization": "LayerNorm"},
+        {"qk_l2_norm": True},
+        {**UNGATED, "activation_func": torch.nn.functional.gelu},
+        {**UNGATED, "activation_func": squared_relu},
+        {"activation_func_clamp_value": 0.3, "glu_linear_offset": 1.0},
+        {"rotary_interleaved": True},
+        {"rotary_percent": 0.5},
+        {"num_query_groups": 4},
+        {"num_query_groups": 1},
+        {"block": "*E", "moe_shared_expert_intermediate_size": 16, **EXPERTS},
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_every_kind_of_layer_is_that_of_the_training_pass(options):
+    decoder = Decoder(toy_model(2, **options), 2, 4, 32, VOCABULARY)
+    decoder.prefill(0, prompts(4, seed=2))
+    for _ in range(4):
+        decoder.step(4)
+    assert_caches_are_exact(decoder)
+
+
+def test_a_decoder_sees_parameters_that_have_changed_in_place():
+    model = toy_model(2)
+    decoder = Decoder(model, 2, 4, 32, VOCABULARY)
+    decoder.prefill(0, prompts(4, seed=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    decoder.prefill(0, prompts(4, seed=2))
+    decoder.step(4)
+    assert_caches_are_exact(decoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attention_output_gate": True}, "--attention-output-gate"),
+        ({"apply_residual_connection_post_layernorm": True}, "--apply-residual-connection-post-layernorm"),
+        ({"fp32_residual_connection": True, "params_dtype": torch.bfloat16}, "--fp32-residual-connection"),
+    ],
+)
+def test_models_that_would_be_decoded_wrongly_are_refused(change, said):
+    model = toy_model(1)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=said):
+        Decoder(model, 1, 1, 32, VOCABULARY)
+    model = toy_model(1)
+    model.position_embedding_type = "learned_absolute"
+    with pytest.raises(ValueError, match="learned_absolute"):
+        Decoder(model, 1, 1, 32, VOCABULARY)
+
+
+def test_layers_that_cannot_be_read_are_refused():
+    model = toy_model(1)
+    model.decoder.layers[0].self_attention.linear_qkv = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"has a Linear: decoding needs one built by"):
+        Decoder(model, 1, 1, 32, VOCABULARY)
+    model.decoder.layers[0] = torch.nn.Identity()
+    with pytest.raises(ValueError, match="has a Identity, which decoding does not support"):
+        Decoder(model, 1, 1, 32, VOCABULARY)
 
 
 def test_drafts_come_from_the_hidden_states_of_a_training_pass(model, monkeypatch):

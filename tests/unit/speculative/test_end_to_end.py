@@ -26,6 +26,7 @@ def options(exported: Path, **others) -> Options:
 
 
 def test_every_way_gives_the_tokens_of_transformers(exported: Path, one_process: None) -> None:
+    assert compare(options(exported, new_tokens=2))["new_tokens"] == 2, "less than what warms up"
     found = compare(options(exported, draft_vocab_size=(40,), limit=3))
     names = [row["decoding"] for row in found["rows"]]
     heads = ["ours, 1 head", "ours, 2 heads"]
@@ -56,7 +57,12 @@ def test_ratios_are_of_the_same_prompt_and_their_median_counts() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"new_tokens": 0}, "--new-tokens is 0"), ({"limit": 0}, "--limit is 0"), ({"hf": Path("nowhere")}, "nowhere")],
+    [
+        ({"new_tokens": 1}, "--new-tokens is 1: give at least 2"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"num_heads": (1, 0)}, "--num-heads 0"),
+        ({"hf": Path("nowhere")}, "nowhere"),
+    ],
 )
 def test_values_that_cannot_work_are_refused(exported: Path, wrong: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):

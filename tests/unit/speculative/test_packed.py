@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from megatron_mtpd.speculative.packed import PackedWeight
-from megatron_mtpd.speculative.packed import packed as packed_weight
+from megatron_mtpd.speculative.packed import PackedWeight, shared_packed
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -84,9 +83,9 @@ def test_gradients_and_half_precision_take_linear(weight):
 
 def test_all_that_multiply_by_a_weight_share_its_copy_as_long_as_it_lives():
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    shared = packed_weight(weight)
-    assert packed_weight(weight) is shared
-    assert packed_weight(torch.nn.Parameter(weight.detach())) is not shared
+    shared = shared_packed(weight)
+    assert shared_packed(weight) is shared
+    assert shared_packed(torch.nn.Parameter(weight.detach())) is not shared
     copy = weakref.ref(shared)
     del shared
     assert copy() is not None

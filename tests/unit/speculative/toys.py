@@ -26,7 +26,14 @@ VOCABULARY = 96
 
 
 def toy_model(
-    num_heads: int, *, vocabulary: int = VOCABULARY, frequent: int = 24, block: str = "*-", blocks: int = 2, **options
+    num_heads: int,
+    *,
+    vocabulary: int = VOCABULARY,
+    frequent: int = 24,
+    block: str = "*-",
+    blocks: int = 2,
+    rotary_percent: float = 1.0,
+    **options,
 ) -> MTPDModel:
     """`blocks` blocks and `num_heads` heads, of width 32, in fp32, at the tensor-parallel size of the process."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
@@ -60,6 +67,7 @@ def toy_model(
         make_vocab_size_divisible_by=1,
         seq_length=64,
         position_embedding_type="rope",
+        rotary_percent=rotary_percent,
         share_embeddings_and_output_weights=False,
     )
     model = build_from_config(config)
