@@ -76,27 +76,16 @@ class KVCache:
             self.values[target] = self.values[source]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, window: Window, scale: float) -> Tensor:
-    """Attention of a pass, whose keys and values the cache has stored.
+def attend(query: Tensor, cache: KVCache, window: Window, scale: float) -> Tensor:
+    """Attention of a pass, whose keys and values the cache has stored with those before them.
 
     Args:
         query: [s, b, groups, heads of a group, d].
-        key, value: [s, b, groups, d], the pass's own.
         scale: of the scores, before the softmax.
 
     Returns: [s, b, heads * d].
     """
     s, b, groups, shared, d = query.shape
-    if window.visible is None:
-        out = scaled_dot_product_attention(
-            query.flatten(2, 3).permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=s > 1,
-            scale=scale,
-            enable_gqa=shared > 1,
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
     # A group's heads as more positions of one head: a copy of the few queries, not of the cache for each head.
     query = query.permute(1, 2, 3, 0, 4).flatten(2, 3)
     bias = None if window.mask is None else window.bias(shared, query.dtype)

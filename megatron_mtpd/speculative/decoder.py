@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -131,10 +131,10 @@ class Decoder:
         self.tp_group = tp_group if model.parallel_output and tp_group.size() > 1 else None
         self.device = next(model.parameters()).device
         repeated = model.config.mtp_use_repeated_layer
-        heads = [layers.Head(model.mtp.layers[0 if repeated else k]) for k in range(num_heads)]
-        self.depths: list[layers.Stack] = [layers.MainModel(model.decoder), *heads]
-        """The main model, and each head."""
-        self.state = State(slots, capacity, [depth.num_caches for depth in self.depths], self.device)
+        self.main = layers.Stack(model.decoder.layers, model.decoder.final_norm)
+        self.heads = [layers.Head(model.mtp.layers[0 if repeated else k]) for k in range(num_heads)]
+        num_caches = [depth.num_caches for depth in (self.main, *self.heads)]
+        self.state = State(slots, capacity, num_caches, self.device)
         self._rotary = self._rotary_table(capacity + 1)
         self._draft_output = PackedWeight()
         self.draft_seconds = 0.0
@@ -160,13 +160,15 @@ class Decoder:
         state = self.state
         rotary = self._rotary and self._rotary.at(window.positions)
         ids = state.tokens[window.slots].gather(1, (window.positions + depth).clamp(max=state.capacity))
-        hidden = self._embedded(ids)
-        if depth > 0:
+        embedded = self._embedded(ids)
+        if depth == 0:
+            out = self.main(embedded, rotary, state.caches[0], window)
+        else:
             if self.mask_position_0:
-                hidden = hidden.masked_fill((window.positions.t() == 0).unsqueeze(-1), 0.0)
-            head = cast(layers.Head, self.depths[depth])
-            hidden = head.combined(state.hidden_at(depth - 1, window), hidden)
-        out = self.depths[depth](hidden, rotary, state.caches[depth], window)
+                embedded = embedded.masked_fill((window.positions.t() == 0).unsqueeze(-1), 0.0)
+            head = self.heads[depth - 1]
+            combined = head.combined(state.hidden_at(depth - 1, window), embedded)
+            out = head(combined, rotary, state.caches[depth], window)
         state.store_hidden(depth, window, out)
         return out
 

@@ -9,9 +9,9 @@ Deliberately absent: acceptance, whose measure is `benchmark`; batches; sampling
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -21,10 +21,13 @@ import torch
 from tqdm import tqdm
 
 from megatron_mtpd.data.tokenizers import HuggingFaceTokenizer
+from megatron_mtpd.model import MTPDModel
 from megatron_mtpd.speculative import loading
-from megatron_mtpd.speculative.decoder import Decoder, check_drafting
-from megatron_mtpd.speculative.generate import Request, generate
+from megatron_mtpd.speculative.decoder import Decoder
+from megatron_mtpd.speculative.generate import Request, generate, now
+from megatron_mtpd.speculative.options import require_at_least
 from megatron_mtpd.speculative.prompts import read_prompts
+from megatron_mtpd.speculative.speed import by_transformers
 
 TRANSFORMERS = "transformers, plain"
 PLAIN = "ours, plain"
@@ -48,10 +51,7 @@ class Options:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("new_tokens", 2), ("max_prompt_tokens", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least {least}.")
+        require_at_least(self, new_tokens=2, max_prompt_tokens=1, limit=1)
         if min(self.num_heads, default=1) < 1:
             raise ValueError(f"--num-heads {min(self.num_heads)}: give at least 1; plain decoding is always there.")
         if not (self.hf / "config.json").is_file():
@@ -89,17 +89,19 @@ def compare(options: Options) -> dict[str, Any]:
     prompts = [ids[-options.max_prompt_tokens :] for ids in tokenizer.encode(texts) if ids]
     if not prompts:
         raise ValueError(f"--prompts {' '.join(options.prompts)}: there is no prompt of a token or more.")
-    ways = {TRANSFORMERS: _Way(_transformers(hf_model)), **_ours(options, loaded, max(map(len, prompts)), hf_model)}
+    longest = max(prompts, key=len)
+    ours = _ours(options, loaded.model, len(longest), hf_model.config.vocab_size)
+    ways = {TRANSFORMERS: _Way(_transformers(hf_model)), **ours}
     for way in ways.values():
-        way.run(max(prompts, key=len), WARM_UP)
+        way.run(longest, WARM_UP)
     random, order = Random(1), list(ways.values())
     with tqdm(total=len(prompts) * len(order), unit="answer", desc="one at a time") as bar:
         for prompt in prompts:
             random.shuffle(order)
             for way in order:
-                start = _now()
+                start = now(hf_model.device)
                 tokens, steps = way.run(prompt, options.new_tokens)
-                way.seconds.append(_now() - start)
+                way.seconds.append(now(hf_model.device) - start)
                 way.tokens.append(tokens)
                 way.steps += steps
                 bar.update()
@@ -114,28 +116,17 @@ def compare(options: Options) -> dict[str, Any]:
 
 
 def _transformers(hf_model: Any) -> Callable[[list[int], int], tuple[list[int], int]]:
-    @torch.inference_mode()
-    def run(prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
-        ids = torch.tensor([prompt], device=hf_model.device)
-        fixed = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
-        done = hf_model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)
-        return done[0, len(prompt) :].tolist(), new_tokens - 1
-
-    return run
+    return lambda prompt, new_tokens: (by_transformers(hf_model, [prompt], new_tokens)[0], new_tokens - 1)
 
 
-def _ours(options: Options, loaded: loading.Loaded, longest: int, hf_model: Any) -> dict[str, _Way]:
+def _ours(options: Options, model: MTPDModel, longest: int, vocab_size: int) -> dict[str, _Way]:
     """Plain, and with each number of heads."""
-    vocab_size = hf_model.config.vocab_size
-    for size in options.draft_vocab_size:
-        check_drafting(0, size, vocab_size)
     ways: dict[str, _Way] = {}
-    for ids in (None, *options.draft_vocab_size):
-        for heads in ([0] if ids is None else []) + list(options.num_heads):
-            capacity = longest + max(options.new_tokens, WARM_UP) + heads + 1
-            decoder = Decoder(loaded.model, heads, 1, capacity, vocab_size, draft_vocab_size=ids)
-            name = f"ours, {heads} head{'s' * (heads > 1)}" if heads else PLAIN
-            ways[name if ids is None else f"{name}, drafts of {ids:,} ids"] = _Way(_with(decoder), heads)
+    for ids, heads in [(None, 0), *product((None, *options.draft_vocab_size), options.num_heads)]:
+        capacity = longest + max(options.new_tokens, WARM_UP) + heads + 1
+        decoder = Decoder(model, heads, 1, capacity, vocab_size, draft_vocab_size=ids)
+        name = f"ours, {heads} head{'s' * (heads > 1)}" if heads else PLAIN
+        ways[name if ids is None else f"{name}, drafts of {ids:,} ids"] = _Way(_with(decoder), heads)
     return ways
 
 
@@ -145,12 +136,6 @@ def _with(decoder: Decoder) -> Callable[[list[int], int], tuple[list[int], int]]
         return done.tokens, done.num_steps
 
     return run
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _rows(ways: dict[str, _Way], new_tokens: int) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from megatron_mtpd.checkpoint.replacing import plan_replacement
 from megatron_mtpd.data.excerpts import draw, parse_blend
 from megatron_mtpd.speculative import loading
 from megatron_mtpd.speculative.fitting import ZEROED, fit_heads, held_out, usable
+from megatron_mtpd.speculative.options import require_at_least
 from megatron_mtpd.speculative.teacher_forced import measure
 
 MEASURED = 4096
@@ -44,9 +45,7 @@ class Options:
     force: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in {"tokens": 1, "seq_length": 8, "batch_size": 1}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least {least}.")
+        require_at_least(self, tokens=1, seq_length=8, batch_size=1)
         if self.save.is_dir() and any(self.save.iterdir()) and not self.force:
             raise ValueError(f"--save {self.save} is not empty: name another directory, or give --force.")
 

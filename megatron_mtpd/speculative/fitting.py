@@ -164,10 +164,9 @@ class _Text:
     def passes(self, *watched: torch.nn.Module) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Of each text, at the positions that have a target: what the modules are given, and what the head gives,
         [s - head, ...]."""
-        size = self.decoder.state.slots
+        size, parts = self.decoder.state.slots, self.decoder.heads[self.head - 1].parts
         for first in range(0, len(self.texts), size):
             last = min(first + size, len(self.texts))
-            parts = self.decoder.depths[self.head].parts
             with _watching([parts[module] for module in watched]) as seen:
                 states = self.decoder.head_states(self.head, self.texts[first:last], self.before[first:last])
             for row in range(last - first):

@@ -130,6 +130,13 @@ def _step(decoder: Decoder, rows: list[_Row], eod: int | None) -> None:
         row.extend(tokens, eod)
 
 
+def now(device: torch.device) -> float:
+    """Seconds of `time.perf_counter`, when all is done that a device has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class _Clock:
     """Wall time between laps, and how much of it was prefill and drafting."""
 
@@ -137,19 +144,14 @@ class _Clock:
         self._decoder, self._draft = decoder, decoder.draft_seconds
         self._lap, self._prefill, self._begin = time.perf_counter(), 0.0, 0.0
 
-    def _now(self) -> float:
-        if self._decoder.device.type == "cuda":
-            torch.cuda.synchronize(self._decoder.device)
-        return time.perf_counter()
-
     def prefill_begins(self) -> None:
-        self._begin = self._now()
+        self._begin = now(self._decoder.device)
 
     def prefill_ends(self) -> None:
-        self._prefill += self._now() - self._begin
+        self._prefill += now(self._decoder.device) - self._begin
 
     def lap(self) -> tuple[float, float, float]:
-        now, draft = self._now(), self._decoder.draft_seconds
-        parts = now - self._lap, self._prefill, draft - self._draft
-        self._lap, self._prefill, self._draft = now, 0.0, draft
+        end, draft = now(self._decoder.device), self._decoder.draft_seconds
+        parts = end - self._lap, self._prefill, draft - self._draft
+        self._lap, self._prefill, self._draft = end, 0.0, draft
         return parts

@@ -149,6 +149,7 @@ class Attention:
         self._k_norm = Norm(attention.k_layernorm) if attention.k_layernorm is not None else None
         groups: int = attention.num_query_groups_per_partition
         self._shape = (groups, -1, attention.hidden_size_per_attention_head)
+        self._whole = attention.core_attention.forward  # of a pass that begins its sequences
         self._scale: float = attention.core_attention.softmax_scale
         # A group over several ranks: Megatron gathers and cuts.
         is_cut = groups * attention.world_size != attention.config.num_query_groups
@@ -157,7 +158,9 @@ class Attention:
     def __call__(self, hidden: Tensor, rotary: Rotary | None, cache: KVCache, window: Window) -> Tensor:
         query, key, value = self._query_key_value(self._norm(hidden), rotary)
         cache.store(window, key, value)
-        return hidden + self._proj(attend(query, key, value, cache, window, self._scale))
+        if window.visible is None:
+            return hidden + self._proj(self._whole(query.flatten(2, 3), key, value, None))
+        return hidden + self._proj(attend(query, cache, window, self._scale))
 
     def _query_key_value(self, normed: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, h] -> queries [s, b, groups, heads of a group, d], keys and values [s, b, groups, d]."""
@@ -198,9 +201,9 @@ class Dense:
 
 
 class Stack:
-    """The layers of a HybridStack, without its last norm."""
+    """Layers of a HybridStack and the norm behind them: with the decoder's, the main model behind its embedding."""
 
-    def __init__(self, layers: Iterable[Any]) -> None:
+    def __init__(self, layers: Iterable[Any], final_norm: torch.nn.Module) -> None:
         self._layers: list[Any] = []
         for layer in layers:
             if isinstance(getattr(layer, "self_attention", None), SelfAttention):
@@ -211,6 +214,7 @@ class Stack:
                 self._layers.append(_Experts(layer))
             else:
                 raise ValueError(f"The model has a {type(layer).__name__}, which decoding does not support.")
+        self._final_norm = Norm(final_norm)
         self.num_caches = sum(isinstance(layer, Attention) for layer in self._layers)
 
     @property
@@ -227,7 +231,7 @@ class Stack:
                 hidden = layer(hidden, rotary, next(remaining), window)
             else:
                 hidden = layer(hidden)
-        return hidden
+        return self._final_norm(hidden)
 
 
 class _Experts:
@@ -239,25 +243,12 @@ class _Experts:
         return output[0] if isinstance(output, tuple) else output
 
 
-class MainModel(Stack):
-    """The main model behind its embedding, with its final norm."""
-
-    def __init__(self, decoder: Any) -> None:
-        super().__init__(decoder.layers)
-        self._final_norm = Norm(decoder.final_norm)
-
-    def __call__(self, hidden: Tensor, rotary: Rotary | None, caches: Sequence[KVCache], window: Window) -> Tensor:
-        """Embeddings [s, b, h] -> hidden states [s, b, h]."""
-        return self._final_norm(super().__call__(hidden, rotary, caches, window))
-
-
 class Head(Stack):
-    """A head, from a MultiTokenPredictionLayer, with its final norm."""
+    """A head, from a MultiTokenPredictionLayer: what `combined` gives goes through its layers and norm."""
 
     def __init__(self, layer: Any) -> None:
-        super().__init__(layer.mtp_model_layer.layers)
+        super().__init__(layer.mtp_model_layer.layers, layer.final_layernorm)
         self._enorm, self._hnorm, self._eh_proj = Norm(layer.enorm), Norm(layer.hnorm), Linear(layer.eh_proj)
-        self._final_norm = Norm(layer.final_layernorm)
         self._tp_group = layer.tp_group if layer.tp_group is not None and layer.tp_group.size() > 1 else None
 
     def combined(self, hidden: Tensor, embedded: Tensor) -> Tensor:
@@ -266,7 +257,3 @@ class Head(Stack):
         if self._tp_group is not None:
             projected = gather_from_tensor_model_parallel_region(projected, group=self._tp_group)
         return projected
-
-    def __call__(self, hidden: Tensor, rotary: Rotary | None, caches: Sequence[KVCache], window: Window) -> Tensor:
-        """What `combined` gives, [s, b, h] -> hidden states [s, b, h]."""
-        return self._final_norm(super().__call__(hidden, rotary, caches, window))

@@ -36,7 +36,6 @@ from megatron_mtpd.checkpoint.metadata import CheckpointError, read_metadata  # 
 from megatron_mtpd.config import MTPDConfig  # noqa: E402
 from megatron_mtpd.layer_pattern import layer_pattern  # noqa: E402
 from megatron_mtpd.model import MTPDModel, MTPDModelBuilder, MTPDModelConfig  # noqa: E402
-from megatron_mtpd.specs import local_norm, local_spec  # noqa: E402
 from megatron_mtpd.speculative.layers import refuse  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -199,10 +198,8 @@ def build(args: Namespace) -> MTPDModel:
 
 
 def build_from_config(config: MTPDModelConfig) -> MTPDModel:
-    """The whole model of local modules, which decoding can read, on this tensor-parallel group, in evaluation mode."""
+    """The whole model on this tensor-parallel group, in evaluation mode; decoding reads one of local modules."""
     refuse(config.transformer)
-    platform.replace_norm(local_norm)
-    config.hybrid_stack_spec = local_spec(config.transformer)
     config.mtpd = MTPDConfig(objective="kl")  # nothing is trained: of its report, the distillation is not read
     model = MTPDModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     if torch.cuda.is_available():

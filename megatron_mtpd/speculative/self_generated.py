@@ -32,6 +32,7 @@ from megatron_mtpd.speculative import loading
 from megatron_mtpd.speculative.chat import UserTurn, user_turn
 from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
+from megatron_mtpd.speculative.options import require_at_least
 from megatron_mtpd.speculative.prompts import Prompt, read_prompts
 from megatron_mtpd.speculative.results import Results
 from megatron_mtpd.speculative.sampling import Sampling
@@ -69,9 +70,7 @@ class Options:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for name, least in {"samples": 1, "questions": 0, "num_heads": 0, "max_new_tokens": 1, "batch_size": 1}.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least {least}.")
+        require_at_least(self, samples=1, questions=0, num_heads=0, max_new_tokens=1, batch_size=1)
         if not self.prompts and not self.questions:
             raise ValueError("There is nothing to generate: give --prompts, or --questions for the model's own.")
         if self.sampling.greedy and (self.questions or self.samples > 1):

@@ -10,14 +10,13 @@ Deliberately absent: prompts and acceptance of real text; `benchmark` has them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_mtpd.speculative.decoder import Decoder
-from megatron_mtpd.speculative.generate import Request, generate
+from megatron_mtpd.speculative.generate import Request, generate, now
 from megatron_mtpd.speculative.loading import Loaded
 
 PASSES: tuple[str, ...] = ("main model", "heads", "output layer")
@@ -54,9 +53,9 @@ class _Timed:
 
     def _timing(self, function: Callable, part: Callable[[Any], str]) -> Callable:
         def timed(*args: Any) -> Any:
-            start = _now(self.decoder)
+            start = now(self.decoder.device)
             result = function(*args)
-            self.seconds[part(args[0])] += _now(self.decoder) - start
+            self.seconds[part(args[0])] += now(self.decoder.device) - start
             return result
 
         return timed
@@ -69,10 +68,12 @@ class _Timed:
         return self.seconds
 
 
-def _now(decoder: Decoder) -> float:
-    if decoder.device.type == "cuda":
-        torch.cuda.synchronize(decoder.device)
-    return time.perf_counter()
+@torch.inference_mode()
+def by_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens behind prompts of one length, by transformers' `generate`, whatever ends."""
+    ids = torch.tensor(prompts, device=model.device)
+    fixed = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)[:, ids.shape[1] :].tolist()
 
 
 def measure(
@@ -93,30 +94,25 @@ def measure(
     if len(prompts) < batch_size:
         raise ValueError(f"--batch-size {batch_size} needs as many prompts; there are {len(prompts)}.")
     llama = llama_of_the_same_size(loaded)
-    ids = torch.tensor(prompts, device=next(llama.parameters()).device)
     requests = [Request(key, prompt, new_tokens) for key, prompt in enumerate(prompts)]
     capacity = length + new_tokens + num_heads + 1
     plain, drafting = (Decoder(loaded.model, k, batch_size, capacity, vocab_size) for k in (0, num_heads))
 
     def transformers() -> Any:
-        with torch.inference_mode():
-            llama.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-            )
+        return by_transformers(llama, prompts, new_tokens)
 
     def ours(decoder: Decoder) -> Callable[[], Any]:
         return lambda: list(generate(decoder, requests))
 
-    best = _best({"transformers": transformers, "plain": ours(plain), "speculative": ours(drafting)}, rounds)
+    best = _best(
+        {"transformers": transformers, "plain": ours(plain), "speculative": ours(drafting)}, rounds, plain.device
+    )
     # The passes alone, in turns of their own: the timers must not slow the others down.
     timed = {name: _Timed(decoder) for name, decoder in (("plain", plain), ("speculative", drafting))}
     passes = _best(
         {name: lambda t=t: t.run(requests) for name, t in timed.items()},
         rounds,
+        plain.device,
         lambda _, parts: sum(parts.values()),
     )
     tokens = batch_size * new_tokens
@@ -149,19 +145,16 @@ def _milliseconds(total: float, parts: dict[str, float], steps: float) -> dict[s
 def _best(
     functions: dict[str, Callable[[], Any]],
     rounds: int,
+    device: torch.device,
     key: Callable[[float, Any], float] = lambda seconds, _: seconds,
 ) -> dict[str, tuple[float, Any]]:
     """Seconds and result of each function's best round by `key`, in turns, after one turn to warm up."""
     best: dict[str, tuple[float, Any]] = {}
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = now(device)
             result = function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
+            seconds = now(device) - start
             if turn and (name not in best or key(seconds, result) < key(*best[name])):
                 best[name] = (seconds, result)
     return best

@@ -22,6 +22,7 @@ from megatron_mtpd.data.tokenizers import Tokenizer
 from megatron_mtpd.speculative import loading
 from megatron_mtpd.speculative.decoder import Decoder
 from megatron_mtpd.speculative.generate import Request, generate
+from megatron_mtpd.speculative.options import require_at_least
 from megatron_mtpd.speculative.prompts import Prompt
 from megatron_mtpd.speculative.results import Results, Run
 from megatron_mtpd.speculative.sampling import Sampling
@@ -62,10 +63,7 @@ class Options:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least 1.")
+        require_at_least(self, batch_size=1, max_new_tokens=1, max_prompt_tokens=1, limit=1)
         if self.every_checkpoint and self.ckpt_step is not None:
             raise ValueError(f"--ckpt-step {self.ckpt_step} is one checkpoint: leave it out, or --every-checkpoint.")
 
